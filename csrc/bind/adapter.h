@@ -1,0 +1,262 @@
+// From tensors to a problem: the checks and the translation that the CPU and the CUDA binding of the adapter share.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../common/adapter.h"
+
+namespace vitadapter::bind {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline std::string text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    default: return "a dtype that is not float32, bfloat16, float16 or float64";
+  }
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::ostringstream out;
+  out << "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "") << tensor.size(i);
+  out << (tensor.dim() == 1 ? ",)" : ")");
+  return out.str();
+}
+
+inline DType dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: return DType::kFloat64;
+  }
+}
+
+inline Tensor packed(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline Operand operand(const Tensor& tensor) { return {tensor.const_data_ptr(), dtype_of(tensor.scalar_type())}; }
+inline Operand operand(const OptionalTensor& tensor) { return tensor ? operand(*tensor) : Operand{}; }
+inline Result result(const Tensor& tensor) { return {tensor.mutable_data_ptr(), dtype_of(tensor.scalar_type())}; }
+
+inline bool is_wide(ScalarType type) { return type == ScalarType::Double; }
+inline ScalarType hidden_dtype(const Tensor& x) {
+  return is_wide(x.scalar_type()) ? x.scalar_type() : ScalarType::Float;
+}
+
+// float32 with one low dtype gives float32; the checks leave no other mix.
+inline ScalarType promoted(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
+
+// The tensors and settings that both directions share, in the order of the schemas.
+struct AdapterArguments {
+  Tensor x, down;
+  OptionalTensor down_bias;
+  Tensor up;
+  OptionalTensor up_bias, scale, seed;
+  double scale_value;
+  int64_t activation;
+  double dropout, dropout_out, drop_path;
+  ScalarType compute;
+  bool allow_tf32;
+
+  int64_t dim() const { return x.size(x.dim() - 1); }
+  int64_t rank() const { return down.size(0); }
+  int64_t rows() const { return x.numel() / dim(); }
+};
+
+struct NamedTensor {
+  const char* name;
+  const Tensor& tensor;
+};
+
+inline void check_shape(NamedTensor named, const std::vector<int64_t>& expected, const char* meaning) {
+  bool fits = named.tensor.dim() == int64_t(expected.size());
+  for (size_t i = 0; fits && i < expected.size(); ++i) fits = named.tensor.size(i) == expected[i];
+  std::ostringstream wanted;
+  for (size_t i = 0; i < expected.size(); ++i) wanted << (i ? ", " : "") << expected[i];
+  STD_TORCH_CHECK(fits, "adapter: ", named.name, " has shape ", shape_text(named.tensor), "; expected ", meaning,
+                  " = (", wanted.str(), expected.size() == 1 ? ",)" : ")");
+}
+
+// Every tensor on x's device, and all float64 or a mix of float32 and one low dtype.
+inline void check_devices_and_dtypes(const std::vector<NamedTensor>& tensors, ScalarType compute) {
+  const Tensor& x = tensors.front().tensor;
+  ScalarType low = ScalarType::Float;
+  auto check_dtype = [&](const char* name, ScalarType type) {
+    const bool known = type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+                       type == ScalarType::Double;
+    STD_TORCH_CHECK(known, "adapter: ", name, " has ", text(type));
+    STD_TORCH_CHECK(is_wide(type) == is_wide(x.scalar_type()), "adapter: ", name, " is ", text(type), " and x is ",
+                    text(x.scalar_type()), "; float64 cannot be mixed with another dtype");
+    if (is_wide(type) || type == ScalarType::Float) return;
+    STD_TORCH_CHECK(low == ScalarType::Float || low == type, "adapter: ", name, " is ", text(type),
+                    " beside a tensor or compute dtype of ", text(low), "; float32 mixes with one of them only");
+    low = type;
+  };
+  for (const NamedTensor& each : tensors) {
+    STD_TORCH_CHECK(each.tensor.device() == x.device(), "adapter: ", each.name, " and x are on different devices");
+    check_dtype(each.name, each.tensor.scalar_type());
+  }
+  check_dtype("the compute dtype", compute);
+}
+
+inline void check_probability(const char* name, double p) {
+  STD_TORCH_CHECK(p >= 0 && p < 1, "adapter: ", name, " is ", p, "; it must be a probability in [0, 1)");
+}
+
+inline void check(const AdapterArguments& a) {
+  STD_TORCH_CHECK(a.x.dim() >= 1 && a.x.size(a.x.dim() - 1) >= 1, "adapter: x has shape ", shape_text(a.x),
+                  "; expected (..., dim) with dim of at least 1");
+  STD_TORCH_CHECK(a.down.dim() == 2, "adapter: down has shape ", shape_text(a.down), "; expected (rank, dim)");
+  check_shape({"down", a.down}, {a.rank(), a.dim()}, "(rank, dim)");
+  check_shape({"up", a.up}, {a.dim(), a.rank()}, "(dim, rank)");
+  std::vector<NamedTensor> tensors{{"x", a.x}, {"down", a.down}, {"up", a.up}};
+  if (a.down_bias) {
+    check_shape({"down_bias", *a.down_bias}, {a.rank()}, "(rank,)");
+    tensors.push_back({"down_bias", *a.down_bias});
+  }
+  if (a.up_bias) {
+    check_shape({"up_bias", *a.up_bias}, {a.dim()}, "(dim,)");
+    tensors.push_back({"up_bias", *a.up_bias});
+  }
+  if (a.scale) {
+    const bool fits = a.scale->dim() == 1 && (a.scale->size(0) == 1 || a.scale->size(0) == a.dim());
+    STD_TORCH_CHECK(fits, "adapter: scale has shape ", shape_text(*a.scale), "; expected (1,) or (dim,) = (", a.dim(),
+                    ",)");
+    tensors.push_back({"scale", *a.scale});
+  }
+  check_devices_and_dtypes(tensors, a.compute);
+  STD_TORCH_CHECK(a.activation >= 0 && a.activation < kActivations, "adapter: there is no activation number ",
+                  a.activation);
+  check_probability("dropout", a.dropout);
+  check_probability("dropout_out", a.dropout_out);
+  check_probability("drop_path", a.drop_path);
+  if (a.dropout > 0 || a.dropout_out > 0 || a.drop_path > 0) {
+    STD_TORCH_CHECK(a.seed, "adapter: dropout needs a seed");
+    check_shape({"seed", *a.seed}, {1}, "(1,)");
+    STD_TORCH_CHECK(a.seed->scalar_type() == ScalarType::Long && a.seed->device() == a.x.device(),
+                    "adapter: seed must be int64 on x's device");
+  }
+}
+
+// Fills what both directions share; `a` must outlive the problem.
+inline void describe(const AdapterArguments& a, AdapterProblem& p) {
+  p.rows = a.rows();
+  p.dim = a.dim();
+  p.rank = a.rank();
+  const int64_t samples = a.x.dim() > 1 ? a.x.size(0) : 1;
+  p.rows_per_sample = samples > 0 ? p.rows / samples : 1;
+  p.x = operand(a.x);
+  p.down = operand(a.down);
+  p.up = operand(a.up);
+  p.up_bias = operand(a.up_bias);
+  p.scale = operand(a.scale);
+  p.scale_is_channel = a.scale && a.scale->size(0) == a.dim();
+  p.scale_value = a.scale_value;
+  p.activation = Activation(a.activation);
+  const int64_t* seed = a.seed ? static_cast<const int64_t*>(a.seed->const_data_ptr()) : nullptr;
+  p.dropout = {seed, Stream::kDropout, a.dropout};
+  p.dropout_out = {seed, Stream::kDropoutOut, a.dropout_out};
+  p.drop_path = {seed, Stream::kDropPath, a.drop_path};
+  p.compute = dtype_of(a.compute);
+  p.allow_tf32 = a.allow_tf32;
+}
+
+inline AdapterArguments packed(AdapterArguments a) {
+  a.x = packed(a.x);
+  a.down = packed(a.down);
+  a.up = packed(a.up);
+  for (OptionalTensor* each : {&a.down_bias, &a.up_bias, &a.scale}) {
+    if (*each) *each = packed(**each);
+  }
+  return a;
+}
+
+// (y, hidden): Backend::forward(x, problem) runs a problem whose tensors are contiguous and checked.
+template <typename Backend>
+std::tuple<Tensor, Tensor> adapter_forward(Tensor x, OptionalTensor residual, Tensor down, OptionalTensor down_bias,
+                                           Tensor up, OptionalTensor up_bias, OptionalTensor scale, OptionalTensor seed,
+                                           double scale_value, int64_t activation, double dropout, double dropout_out,
+                                           double drop_path, ScalarType compute, bool allow_tf32, bool save_hidden) {
+  AdapterArguments a{x,           down,       down_bias, up,          up_bias,   scale,   seed,
+                     scale_value, activation, dropout,   dropout_out, drop_path, compute, allow_tf32};
+  check(a);
+  if (residual) {
+    bool fits = residual->dim() == x.dim();
+    for (int64_t i = 0; fits && i < x.dim(); ++i) fits = residual->size(i) == x.size(i);
+    STD_TORCH_CHECK(fits, "adapter: residual has shape ", shape_text(*residual), "; expected x's, ", shape_text(x));
+    check_devices_and_dtypes({{"x", x}, {"down", down}, {"residual", *residual}}, compute);
+  }
+  a = packed(a);
+  const Tensor base = residual ? packed(*residual) : a.x;
+  Tensor y = torch::stable::new_empty(a.x, a.x.sizes(), promoted(a.x.scalar_type(), base.scalar_type()));
+  std::vector<int64_t> hidden_shape{0};
+  if (save_hidden) {
+    hidden_shape.assign(x.sizes().begin(), x.sizes().end());
+    hidden_shape.back() = a.rank();
+  }
+  Tensor hidden = torch::stable::new_empty(a.x, hidden_shape, hidden_dtype(x));
+
+  AdapterForward problem;
+  describe(a, problem);
+  problem.down_bias = operand(a.down_bias);
+  problem.residual = operand(base);
+  problem.y = result(y);
+  problem.hidden = save_hidden ? hidden.mutable_data_ptr() : nullptr;
+  if (problem.rows > 0) Backend::forward(a.x, problem);
+  return {y, hidden};
+}
+
+// The gradients of x, down, down_bias, up, up_bias, scale; empty where `needs` lacks their bit (x is the lowest).
+template <typename Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
+    Tensor grad, Tensor x, Tensor hidden, Tensor down, OptionalTensor down_bias, Tensor up, OptionalTensor up_bias,
+    OptionalTensor scale, OptionalTensor seed, bool residual_is_x, double scale_value, int64_t activation,
+    double dropout, double dropout_out, double drop_path, ScalarType compute, bool allow_tf32, int64_t needs) {
+  AdapterArguments a{x,           down,       down_bias, up,          up_bias,   scale,   seed,
+                     scale_value, activation, dropout,   dropout_out, drop_path, compute, allow_tf32};
+  check(a);
+  check_devices_and_dtypes({{"x", x}, {"grad", grad}, {"hidden", hidden}}, compute);
+  STD_TORCH_CHECK(
+      grad.numel() == x.numel() && hidden.numel() == a.rows() * a.rank() && hidden.scalar_type() == hidden_dtype(x),
+      "adapter: grad has shape ", shape_text(grad), " and hidden ", text(hidden.scalar_type()), " ", shape_text(hidden),
+      "; expected those of the forward pass");
+  a = packed(a);
+  const Tensor g = packed(grad), saved = packed(hidden);
+
+  AdapterBackward problem;
+  describe(a, problem);
+  problem.grad = operand(g);
+  problem.hidden = saved.const_data_ptr();
+  problem.residual_is_x = residual_is_x;
+  auto gradient = [&](int bit, const OptionalTensor& of, Result& slot) {
+    if (!of || !(needs >> bit & 1)) return torch::stable::new_empty(a.x, {0});
+    Tensor out = torch::stable::new_empty(*of, of->sizes());
+    slot = result(out);
+    return out;
+  };
+  std::tuple grads{gradient(0, a.x, problem.x_grad),
+                   gradient(1, a.down, problem.down_grad),
+                   gradient(2, a.down_bias, problem.down_bias_grad),
+                   gradient(3, a.up, problem.up_grad),
+                   gradient(4, a.up_bias, problem.up_bias_grad),
+                   gradient(5, a.scale, problem.scale_grad)};
+  Backend::backward(a.x, problem);
+  return grads;
+}
+
+}  // namespace vitadapter::bind

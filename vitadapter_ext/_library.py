@@ -1,0 +1,57 @@
+"""Which compiled libraries are there? Loads `_C` (operators, CPU kernels) and, where it fits torch, `_cuda`."""
+
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"vitadapter_ext's compiled library cannot be loaded ({error}); "
+        "install the package with 'pip install .' from its source folder"
+    ) from error
+
+
+def _load_cuda() -> str:
+    """Loads the CUDA kernels; returns why they are off, or "" when they are on."""
+    built = _C.build_info()["cuda_version"]
+    if not built:
+        return _C.build_info()["cuda_off_reason"]
+    if torch.version.cuda is None:
+        return f"built for CUDA {built}, but this torch {torch.__version__} is a build without CUDA"
+    if torch.version.cuda.split(".")[0] != built.split(".")[0]:
+        return f"built for CUDA {built}, but this torch {torch.__version__} is a build for CUDA {torch.version.cuda}"
+    libraries = sorted(Path(__file__).parent.glob("_cuda*.so"))
+    if not libraries:
+        return "the file _cuda*.so is missing from the package's folder; install the package again"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        return f"{libraries[0].name} cannot be loaded: {error}"
+    return ""
+
+
+CUDA_OFF_REASON = _load_cuda()
+
+# "meta" counts: its kernel is the fake one.
+_DEVICES_WITH_KERNELS = {"cpu", "meta"} | ({"cuda"} if not CUDA_OFF_REASON else set())
+
+
+def has_kernels(device: str) -> bool:
+    """Whether the ops have hand-written kernels for this type of device."""
+    return device in _DEVICES_WITH_KERNELS
+
+
+@functools.cache
+def warn_without_kernels(device: str) -> None:
+    """Says once for each type of device that the slower reference answers there, and why."""
+    why = CUDA_OFF_REASON if device == "cuda" else "there are none for it"
+    warnings.warn(f"vitadapter_ext runs plain PyTorch instead of its kernels on {device!r}: {why}", stacklevel=3)
+
+
+def build_info() -> dict:
+    """What this build is: versions, compiler, CUDA architectures, CPU level, why CUDA is off ("" when it is on)."""
+    return {**_C.build_info(), "cpu_level": _C.cpu_level(), "cuda_off_reason": CUDA_OFF_REASON}

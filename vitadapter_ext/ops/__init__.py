@@ -1,0 +1,6 @@
+"""The functional twins of the modules: each op goes to a hand-written kernel, or to `vitadapter_ext.reference` on a
+device that has none."""
+
+from .adapter import adapter
+
+__all__ = ["adapter"]
