@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.conftest import assert_as_good_as_eager
 from vitadapter_ext import FusedAdapter, reference
@@ -114,22 +112,6 @@ def test_masks_keep_the_right_share_and_streams_differ():
 
 
 # --- the op against the reference -------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    shape=st.lists(st.integers(1, 7), min_size=0, max_size=2),
-    dim=st.integers(1, 67),
-    rank=st.integers(0, 21),
-    activation=st.sampled_from(ACTIVATIONS),
-    bias=st.booleans(),
-    scale=st.sampled_from(["channel", "scalar", 1.0, -0.3]),
-    residual=st.booleans(),
-    probabilities=st.tuples(*[st.sampled_from([0.0, 0.4])] * 3),
-    seed=st.integers(-(2**63), 2**63 - 1),
-)
-def test_every_option_in_float64(shape, dim, rank, activation, bias, scale, residual, probabilities, seed):
-    check_float64("cpu", (*shape, dim), rank, activation, bias, scale, residual, probabilities, seed)
 
 
 @pytest.mark.parametrize("shape", [(70, 33), (3, 50, 96), (2, 3, 11, 16), (257,)])

@@ -35,6 +35,8 @@ def _load_cuda() -> str:
 
 
 CUDA_OFF_REASON = _load_cuda()
+# Asked for now, so that a level that VITADAPTER_CPU names and nobody has is an error here, not a slower run.
+CPU_LEVEL = _C.cpu_level()
 
 # "meta" counts: its kernel is the fake one.
 _DEVICES_WITH_KERNELS = {"cpu", "meta"} | ({"cuda"} if not CUDA_OFF_REASON else set())
@@ -54,4 +56,4 @@ def warn_without_kernels(device: str) -> None:
 
 def build_info() -> dict:
     """What this build is: versions, compiler, CUDA architectures, CPU level, why CUDA is off ("" when it is on)."""
-    return {**_C.build_info(), "cpu_level": _C.cpu_level(), "cuda_off_reason": CUDA_OFF_REASON}
+    return {**_C.build_info(), "cpu_level": CPU_LEVEL, "cuda_off_reason": CUDA_OFF_REASON}

@@ -1,0 +1,64 @@
+# Two commands for everybody: `make train` and `make test`. Both set up .venv by themselves, from Python 3.10 or newer
+# and a C++ compiler.
+PYTHON ?= python3
+VENV ?= .venv
+# For example: make train ARGS="--data pictures --rank 16"
+ARGS ?=
+
+BIN := $(VENV)/bin
+CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: train test lint format cpp-test figure bench gpu clean
+
+train: $(VENV)/package
+	$(BIN)/python -m vitadapter_ext.train $(ARGS)
+
+test: lint cpp-test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/tools
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/tools
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+# The kernels without Python, under AddressSanitizer and UBSan; and every CUDA kernel compiled where nvcc is there.
+cpp-test: $(VENV)/tools
+	$(BIN)/cmake -S . -B build/cmake -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -G Ninja > build/cmake.log || (cat build/cmake.log; false)
+	$(BIN)/cmake --build build/cmake
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+# Draws benchmarks/results/digits.png: accuracy and trained parameters of the default run and its baselines.
+figure: $(VENV)/package
+	$(BIN)/python -m benchmarks.digits
+
+# On a machine with a GPU, with that machine's own Python and torch, without a network; ends with 3 where there is none.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info vitadapter_ext/*.so
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  (echo "vitadapter_ext needs Python 3.10 or newer; name one with 'make PYTHON=python3.12 ...'"; false)
+	$(PYTHON) -m venv $(VENV) || \
+	  (echo "no virtual environment could be made; on Debian and Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); false)
+	$(BIN)/pip install --quiet --upgrade pip
+
+# What the package is built with comes first, so that it is built against the torch that it will run with.
+$(VENV)/requirements: | $(BIN)/python
+	$(BIN)/pip install --quiet setuptools ninja pybind11 numpy "torch>=2.11" timm
+	touch $@
+
+$(VENV)/package: setup.py pyproject.toml $(filter csrc/%,$(CPP)) | $(VENV)/requirements
+	$(BIN)/pip install --quiet --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/tools: pyproject.toml $(VENV)/package
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,lint,bench]"
+	touch $@

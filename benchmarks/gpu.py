@@ -1,0 +1,132 @@
+"""What does a machine with a GPU say? `make gpu`: builds for the GPU that is there, runs the `cuda` tests and
+compute-sanitizer, takes first timings, and writes them to `benchmarks/results/`. Needs no network; without a GPU it
+ends with exit code 3."""
+
+import datetime
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+DIM = 768
+# (tokens, rank, dtype): one image batch of ViT-B/16 and a large one, a narrow and a wide bottleneck.
+CELLS = [(n, r, dtype) for n in (12_608, 100_864) for r in (8, 64) for dtype in (torch.bfloat16, torch.float32)]
+
+
+def run(*command: str, **environment: str) -> None:
+    print("$", " ".join(command), flush=True)
+    subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=True)
+
+
+def median_ms(works: list[Callable[[], object]], repeats: int = 20) -> list[float]:
+    """The median time of each piece of work, in ms; they take turns, so that clocks and caches favour none."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # larger than any L2
+    times = [[] for _ in works]
+    for repeat in range(repeats + 3):
+        for work, its_times in zip(works, times, strict=True):
+            flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+            if repeat >= 3:
+                its_times.append(begin.elapsed_time(end))
+    return [statistics.median(its_times) for its_times in times]
+
+
+def eager(x, down, down_bias, up, up_bias):
+    return x + F.linear(F.gelu(F.linear(x, down, down_bias)), up, up_bias)
+
+
+def time_cell(tokens: int, rank: int, dtype: torch.dtype) -> dict:
+    """Forward, and forward + backward, of ours, eager and `torch.compile`; and the copy rate of the same run."""
+    from vitadapter_ext.ops import adapter
+
+    def tensor(*shape):
+        return (torch.randn(*shape, device="cuda") * shape[-1] ** -0.5).to(dtype).requires_grad_()
+
+    x, down, down_bias = tensor(tokens, DIM), tensor(rank, DIM), tensor(rank)
+    up, up_bias, grad = tensor(DIM, rank), tensor(DIM), torch.randn(tokens, DIM, device="cuda", dtype=dtype)
+    inputs = (x, down, down_bias, up, up_bias)
+
+    def ours(x, down, down_bias, up, up_bias):
+        return adapter(x, down, up, down_bias=down_bias, up_bias=up_bias)
+
+    functions = {"ours": ours, "eager": eager, "compile": torch.compile(eager)}
+    forward, both = {}, {}
+    for name, function in functions.items():
+        forward[name] = lambda f=function: f(*inputs)
+        both[name] = lambda f=function: torch.autograd.grad(f(*inputs), inputs, grad)
+    y = torch.empty_like(x)
+    works = [*forward.values(), *both.values(), lambda: y.copy_(x)]
+    *times, copy_ms = median_ms(works)
+    row = {"tokens": tokens, "rank": rank, "dtype": str(dtype).removeprefix("torch.")}
+    row |= {f"forward_ms_{name}": t for name, t in zip(functions, times[:3], strict=True)}
+    row |= {f"both_ms_{name}": t for name, t in zip(functions, times[3:], strict=True)}
+    row["copy_GB_per_s"] = 2 * x.numel() * x.element_size() / copy_ms / 1e6
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        f"| tokens × {DIM} | rank | dtype | forward ours / eager / compile (ms) | forward + backward (ms) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            " / ".join(f"{row[f'{part}_ms_{name}']:.3f}" for name in ("ours", "eager", "compile"))
+            for part in ("forward", "both")
+        ]
+        lines.append(f"| {row['tokens']} | {row['rank']} | {row['dtype']} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("make gpu: this machine has no NVIDIA GPU that torch can use; nothing was built, run or timed")
+        return 3
+    major, minor = torch.cuda.get_device_capability()
+    build = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "VITADAPTER_CUDA": "1"}
+    run(sys.executable, "setup.py", "build_ext", "--inplace", **build)
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/test_adapter.py"]
+    run(*tests)
+    if shutil.which("compute-sanitizer"):
+        # One small case of each kind: the sanitizer slows everything down a hundredfold.
+        some = ["-k", "rank_zero or no_rows or strided or activations_and_blocks"]
+        run("compute-sanitizer", "--error-exitcode", "1", *tests, *some)
+    else:
+        print("compute-sanitizer was not found: memory checks were left out")
+
+    rows = [time_cell(*cell) for cell in CELLS]
+    name = torch.cuda.get_device_name()
+    record = {
+        "gpu": name,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+        "command": "make gpu",
+        "rows": rows,
+    }
+    path = RESULTS / f"gpu-{name.replace(' ', '-').lower()}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(rows))
+    print(f"written to {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
