@@ -23,7 +23,7 @@ def rms(t: torch.Tensor) -> float:
 
 def assert_as_good_as_eager(ours: list[dict], eager: list[dict], exact: list[dict]) -> None:
     """For every named tensor: RMS error against float64 at most 1.5 times plain PyTorch's at the same dtypes, plus
-    2 ulp of the tensor's RMS. The lists hold several draws, taken together: the error of one short vector is mostly luck."""
+    2 ulp of the tensor's RMS. The lists hold several draws, pooled: the error of one short vector is mostly luck."""
     for name in exact[0]:
         assert all(o[name].dtype == e[name].dtype for o, e in zip(ours, eager, strict=True)), name
         pooled = [torch.cat([draw[name].double().flatten() for draw in draws]) for draws in (ours, eager, exact)]

@@ -56,7 +56,7 @@ def check_adapter_options(
     for name, p in (("dropout", dropout), ("dropout_out", dropout_out), ("drop_path", drop_path)):
         if not isinstance(p, (int, float)) or not 0 <= p < 1:
             raise ValueError(f"{name} is {p!r}; it must be a probability in [0, 1)")
-    if init not in INITS:
+    if init not in tuple(INITS):
         raise unknown("init", init, INITS)
 
 

@@ -1,0 +1,207 @@
+"""Does each method add, train and compute what its formula says?"""
+
+import dataclasses
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import vitadapter_ext as va
+from tests.vits import ARCHITECTURES, METHODS, PLACEMENTS, images, make, randomise_trained
+from vitadapter_ext.methods import METHODS as METHOD_CLASSES
+from vitadapter_ext.methods import make_method
+
+
+def test_the_table_names_every_method():
+    assert {name: cls.__name__ for name, cls in METHOD_CLASSES.items()} == {
+        "adapter": "Adapter",
+        "linear-probe": "LinearProbe",
+        "full": "FullFineTune",
+        "bitfit": "BitFit",
+    }
+    for name, cls in METHOD_CLASSES.items():
+        assert cls.name == name
+        assert cls.description
+        assert make_method(name) == cls()
+
+
+def test_make_method_from_fields():
+    assert make_method("adapter", {"rank": 4, "placement": "pre"}) == va.Adapter(rank=4, placement="pre")
+    method = va.Adapter(rank=5, scale=0.5, train_norms=True)
+    assert make_method(method.name, dataclasses.asdict(method)) == method
+
+
+def test_a_method_has_one_phase_and_cannot_be_changed():
+    assert va.Adapter().phases(7) == [7]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        va.Adapter().rank = 4
+
+
+@pytest.mark.parametrize(
+    ("make_it", "message"),
+    [
+        (lambda: make_method("adaptor"), "unknown method 'adaptor': did you mean 'adapter'"),
+        (lambda: make_method("adapter", {"rnak": 3}), "unknown field of method 'adapter' 'rnak': did you mean 'rank'"),
+        (lambda: make_method("bitfit", {"rank": 3}), "unknown field of method 'bitfit' 'rank'"),
+        (lambda: va.Adapter(placement="houlsbi"), "unknown placement 'houlsbi': did you mean 'houlsby'"),
+        (lambda: va.Adapter(placement=["post"]), "unknown placement"),
+        (lambda: va.Adapter(rank=0), "rank is 0; it must be a whole number of at least 1"),
+        (lambda: va.Adapter(rank=-3), "rank is -3"),
+        (lambda: va.Adapter(rank=2.0), "rank is 2.0"),
+        (lambda: va.Adapter(activation="gellu"), "unknown activation 'gellu': did you mean 'gelu'"),
+        (lambda: va.Adapter(scale="chanel"), "scale is 'chanel'"),
+        (lambda: va.Adapter(dropout=1.0), "dropout is 1.0"),
+        (lambda: va.Adapter(dropout_out=-0.1), "dropout_out is -0.1"),
+        (lambda: va.Adapter(drop_path="x"), "drop_path is 'x'"),
+        (lambda: va.Adapter(init="houlsbi"), "unknown init 'houlsbi': did you mean 'houlsby'"),
+        (lambda: va.Adapter(bias=1), "bias is 1; it must be True or False"),
+        (lambda: va.Adapter(train_norms="yes"), "train_norms is 'yes'"),
+        (lambda: va.Adapter(train_biases=None), "train_biases is None"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(make_it, message):
+    with pytest.raises(ValueError) as error:
+        make_it()
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_counts_on_vit_base(placement, rank):
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224", num_classes=100)
+    one_a_block = {8: 165_984, 16: 313_536}[rank]  # methods.md section 1: 12·(2·768·r + r + 2·768)
+    assert one_a_block == 12 * (2 * 768 * rank + rank + 2 * 768)
+    va.attach(model, va.Adapter(rank=rank, placement=placement))
+    assert va.summary(model).adapter == one_a_block * (2 if placement == "houlsby" else 1)
+
+
+def plain_bottleneck(adapter, x):
+    """A of methods.md: without the residual, in plain PyTorch."""
+    hidden = F.gelu(F.linear(x, adapter.down.weight, adapter.down.bias))
+    return adapter.scale * F.linear(hidden, adapter.up.weight, adapter.up.bias)
+
+
+def plain_block(block, placement, x, **kwargs):
+    """methods.md's table, word for word."""
+
+    def a1(x):
+        return plain_bottleneck(block.adapter_attn, x)
+
+    def a2(x):
+        return plain_bottleneck(block.adapter_mlp, x)
+
+    a = block.drop_path1(block.ls1(block.attn(block.norm1(x), **kwargs)))
+    h = x + a + a1(a) if placement == "houlsby" else x + a
+    if placement == "pre":
+        h = h + a1(h)
+    m = block.drop_path2(block.ls2(block.mlp(block.norm2(h))))
+    if placement in ("houlsby", "intermediate"):
+        return h + m + a2(m)
+    if placement == "parallel":
+        return h + m + a2(h)
+    out = h + m
+    return out + a2(out) if placement == "post" else out
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("architecture", ["vit", "dinov2", "dinov2_giant"])  # without and with LayerScale; SwiGLU
+def test_placement_is_its_formula(architecture, placement, training):
+    model = make(architecture, drop_path_rate=0.5).double().train(training)
+    va.attach(model, va.Adapter(rank=3, placement=placement))
+    randomise_trained(model)
+    block = model.blocks[1]
+    x = torch.randn(6, 5, block.dim, dtype=torch.float64)
+    mask = torch.randn(6, 1, 5, 5, dtype=torch.float64)  # an argument of attention that must arrive there
+    # The backbone's drop-path draws from the generator, and an adapter without dropout does not.
+    torch.manual_seed(1)
+    ours = block(x, attn_mask=mask)
+    torch.manual_seed(1)
+    plain = plain_block(block, placement, x, attn_mask=mask)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(ours, block(x), rtol=1e-3) or training
+
+
+def test_the_adapters_drop_path_drops_whole_samples():
+    model = make().double()
+    x = images(model, 64)
+    frozen = model(x)
+    va.attach(model, va.Adapter(rank=3, placement="post", drop_path=0.5))
+    del model.blocks[0].adapter_mlp  # leaves one adapter, so that a sample is dropped or is not
+    model.blocks[0].register_module("adapter_mlp", None)
+    model.blocks[0].join_mlp = "plain"
+    randomise_trained(model)
+    model.head.load_state_dict(make().double().head.state_dict())
+    model.train()
+    dropped = torch.isclose(model(x), frozen, rtol=1e-10).all(dim=1)
+    assert 10 < dropped.sum() < 54
+
+
+def test_adapter_options_reach_the_modules():
+    model = va.attach(
+        make(), va.Adapter(5, "houlsby", "silu", 0.25, False, dropout=0.1, dropout_out=0.2, drop_path=0.3, init="lora")
+    )
+    for block in model.blocks:
+        for adapter in (block.adapter_attn, block.adapter_mlp):
+            assert isinstance(adapter, va.FusedAdapter)
+            assert (adapter.activation, adapter.scale, adapter.init) == ("silu", 0.25, "lora")
+            assert (adapter.dropout, adapter.dropout_out, adapter.drop_path) == (0.1, 0.2, 0.3)
+            assert adapter.down.weight.shape == (5, 48)
+            assert adapter.down.bias is None
+            assert not adapter.up.weight.any()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_children_where_the_placement_has_them(placement):
+    model = va.attach(make(), va.Adapter(placement=placement))
+    children = {name for name, module in model.blocks[0].named_children() if isinstance(module, va.FusedAdapter)}
+    assert children == {
+        "houlsby": {"adapter_attn", "adapter_mlp"},
+        "pre": {"adapter_attn"},
+    }.get(placement, {"adapter_mlp"})
+
+
+def trained_names(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_overrides_by_name():
+    def overrides(method, **changes):
+        model = make("dinov2", **changes)
+        before = {name for name, _ in model.named_parameters()} - {"head.weight", "head.bias"}
+        return trained_names(va.attach(model, method)) & before
+
+    norms = {f"blocks.{i}.norm{j}.{kind}" for i in (0, 1) for j in (1, 2) for kind in ("weight", "bias")}
+    q_and_k = {f"blocks.{i}.attn.{q}_norm.{kind}" for i in (0, 1) for q in "qk" for kind in ("weight", "bias")}
+    biases = {f"blocks.{i}.{linear}.bias" for i in (0, 1) for linear in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    every_bias = biases | {name for name in norms if name.endswith("bias")} | {"norm.bias", "patch_embed.proj.bias"}
+    assert overrides(va.Adapter()) == set()
+    assert overrides(va.Adapter(train_norms=True)) == norms | {"norm.weight", "norm.bias"}
+    assert overrides(va.Adapter(train_norms=True), qk_norm=True, global_pool="avg") == (
+        norms | q_and_k | {"fc_norm.weight", "fc_norm.bias"}
+    )
+    assert overrides(va.Adapter(train_biases=True)) == biases
+    assert overrides(va.BitFit()) == every_bias
+    assert overrides(va.LinearProbe()) == set()
+    everything = {name for name, _ in make("dinov2").named_parameters()}
+    assert overrides(va.FullFineTune()) == everything - {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_trained_tensor_gets_a_gradient_and_no_other(architecture, method):
+    model = va.attach(make(architecture), method).train()
+    randomise_trained(model)
+    logits = model(images(model))
+    (logits * torch.randn_like(logits)).sum().backward()
+    trained = trained_names(model)
+    assert any("head" in name for name in trained)
+    for name, p in model.named_parameters():
+        if name not in trained:
+            assert p.grad is None, name
+        elif name.endswith("qkv.bias"):  # the keys' part has no effect on a softmax
+            assert p.grad.view(3, -1)[[0, 2]].count_nonzero() == 2 * p.numel() // 3, name
+        else:
+            assert p.grad.count_nonzero() > 0, name

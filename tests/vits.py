@@ -1,0 +1,76 @@
+"""Which backbones do the tests use? Small timm models of each supported architecture, with no weight left at 0 or 1
+in their backbones."""
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import vitadapter_ext as va
+
+# The giant's SwiGLU, registers, LayerScale and both heads are real, widths and depths are not.
+ARCHITECTURES = {
+    "vit": ("vit_tiny_patch16_224", {"img_size": 32}),
+    "deit": ("deit_tiny_patch16_224", {"img_size": 32}),
+    "deit_distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 32}),
+    "dinov2": ("vit_small_patch14_dinov2", {"img_size": 28}),
+    "dinov2_registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 28}),
+    "dinov2_giant": ("vit_giant_patch14_dinov2", {"img_size": 28}),
+}
+PLACEMENTS = ("post", "houlsby", "intermediate", "parallel", "pre")
+METHODS = {
+    **{placement: va.Adapter(rank=3, placement=placement) for placement in PLACEMENTS},
+    "norms": va.Adapter(rank=3, scale="scalar", train_norms=True),
+    "biases": va.Adapter(rank=3, scale=0.1, bias=False, train_biases=True),
+    "linear-probe": va.LinearProbe(),
+    "full": va.FullFineTune(),
+    "bitfit": va.BitFit(),
+}
+
+
+def make(architecture: str = "vit", num_classes: int = 3, **changes) -> nn.Module:
+    """The same backbone on every call, whatever the number of classes, in eval mode."""
+    name, arguments = ARCHITECTURES[architecture]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        arguments = {"depth": 2, "embed_dim": 48, "num_heads": 2, **arguments, **changes}
+        model = timm.create_model(name, num_classes=0, **arguments)
+        randomise(model.parameters())
+        model.reset_classifier(num_classes)
+    return model.eval()
+
+
+@torch.no_grad()
+def randomise(parameters) -> None:
+    """Moves the parameters far enough that each of them matters."""
+    for p in parameters:
+        p.add_(torch.randn_like(p), alpha=0.2)
+
+
+def randomise_trained(model: nn.Module) -> None:
+    randomise(p for p in model.parameters() if p.requires_grad)
+
+
+def images(model: nn.Module, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, *model.patch_embed.img_size, dtype=next(model.parameters()).dtype)
+
+
+def copied_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    now = model.state_dict()
+    assert list(now) == list(state)
+    for name, tensor in now.items():
+        assert tensor.dtype == state[name].dtype, name
+        assert torch.equal(tensor, state[name]), name
+
+
+def structure(model: nn.Module) -> dict:
+    """All that `detach` and a failed `attach` must leave as it was, but for the values of tensors."""
+    return {
+        "classes": {name: type(module) for name, module in model.named_modules()},
+        "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules()},
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "num_classes": model.num_classes,
+    }

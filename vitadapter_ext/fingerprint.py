@@ -1,0 +1,86 @@
+"""Is this the backbone that a file belongs to? A hash of every tensor, and a few values where the hash differs.
+
+The hash says yes at once. Where it differs (`model.half()`, a round trip through bfloat16) the values decide, compared
+within the rounding of a half-precision dtype. The position embedding is left out: it is resized with the image.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+SAMPLES = 6
+# bfloat16 keeps 8 significant bits: rounding moves a value by up to 2^-8 of it; float16's and the file's 5 digits add
+# little to that. The absolute part is for float16's subnormal numbers.
+RELATIVE, ABSOLUTE = 1.25 * 2.0**-8, 1e-7
+
+
+def fingerprint(backbone: Mapping[str, Tensor]) -> dict[str, dict]:
+    """{name: {"shape", "dtype", "hash", "values"}}, ready for JSON; equal weights give equal fingerprints.
+
+    Args:
+        backbone: tensors of the frozen backbone by state-dict name.
+    """
+    return {
+        name: {
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "hash": _hash(tensor),
+            "values": _values(tensor),
+        }
+        for name, tensor in _compared(backbone).items()
+    }
+
+
+def difference(stored: Mapping[str, dict], backbone: Mapping[str, Tensor]) -> str:
+    """The first thing in which `backbone` is not what `stored` was taken from, in words; "" when they match."""
+    live = _compared(backbone)
+    for name, entry in stored.items():
+        if name not in live:
+            return f"it lacks the tensor {name}"
+        if list(live[name].shape) != entry["shape"]:
+            return f"its {name} has shape {list(live[name].shape)} instead of {entry['shape']}"
+    for name in live:
+        if name not in stored:
+            return f"it has the additional tensor {name}"
+    differing = [name for name, entry in stored.items() if not _same_values(entry, live[name])]
+    if differing:
+        return f"the weights of {len(differing)} of its {len(live)} tensors differ, the first is {differing[0]}"
+    return ""
+
+
+def _compared(backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in backbone.items() if "pos_embed" not in name}
+
+
+def _same_values(entry: dict, tensor: Tensor) -> bool:
+    if entry["hash"] == _hash(tensor):
+        return True
+    values, wanted = _values(tensor), entry["values"]
+    if len(values) != len(wanted):
+        return False
+    # The mean may be far below the elements that were rounded, so it is held against their root mean square.
+    sizes = wanted[1:2] + wanted[1:]
+    return all(abs(a - b) <= RELATIVE * abs(size) + ABSOLUTE for a, b, size in zip(values, wanted, sizes, strict=True))
+
+
+def _hash(tensor: Tensor) -> str:
+    """Of dtype and bytes."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=8, person=str(tensor.dtype).removeprefix("torch.").encode()).hexdigest()
+
+
+def _values(tensor: Tensor) -> list[float]:
+    """Mean, root mean square, largest magnitude, then evenly spaced elements, to 5 digits; nothing where empty."""
+    flat = tensor.detach().cpu().reshape(-1).double()
+    if not flat.numel():
+        return []
+    statistics = [flat.mean(), flat.square().mean().sqrt(), flat.abs().max()]
+    places = [i * (flat.numel() - 1) // max(SAMPLES - 1, 1) for i in range(SAMPLES)]
+    return [_to_5_digits(float(value)) for value in (*statistics, *flat[places])]
+
+
+def _to_5_digits(value: float) -> float:
+    return float(f"{value:.4e}") if math.isfinite(value) else value

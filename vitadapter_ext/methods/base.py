@@ -1,0 +1,50 @@
+"""What is a method? A frozen dataclass of settings that says what it adds to a backbone and what else it trains."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune; subclasses add fields, check them in `__post_init__`, and override the hooks they need.
+
+    `attach` finds what `insert` added by comparing the model before and after, so a method keeps no books.
+    """
+
+    name: ClassVar[str]  # on the command line and in files
+    description: ClassVar[str]
+
+    def insert(self, model: nn.Module, shapes: Shapes | None = None) -> None:
+        """Adds the method's modules to `model`, on the devices of the modules they serve.
+
+        Args:
+            shapes: of a saved file's tensors by state-dict name; where given, sizes come from here and not from the
+                fields.
+        Raises:
+            ValueError: the model has no place for them; nothing has been changed then.
+        """
+
+    def overrides(self, model: nn.Module) -> Iterable[str]:
+        """Names of the parameters of the bare backbone that are trained too; the head's count as the head's."""
+        return ()
+
+    def phases(self, epochs: int) -> list[int]:
+        """Epochs of each phase of a training of `epochs`; a phase has its own optimizer and schedule."""
+        return [epochs]
+
+    def between_phases(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Edits the model, and the optimizer's state to match, after each phase but the last."""
+
+
+def check_flags(method: Method, *names: str) -> None:
+    """Raises a `ValueError` that names the first of these fields that is not True or False."""
+    for name in names:
+        value = getattr(method, name)
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; it must be True or False")
