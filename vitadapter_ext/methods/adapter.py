@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from .._text import unknown
-from ..nn.adapter import FusedAdapter, check_adapter_options
-from ..sites import ADAPTED_BLOCKS, find_blocks
-from .base import Method, Shapes, check_flags
+from ..nn.adapter import INITS, FusedAdapter, check_adapter_options
+from .base import Method, Shapes, check_flags, option
 
 # placement: how each branch of a block joins the stream (`sites.JOINS`), after the attention and after the MLP
 PLACEMENTS = {
@@ -45,17 +44,17 @@ class Adapter(Method):
     name: ClassVar[str] = "adapter"
     description: ClassVar[str] = "bottleneck adapters in every block (Houlsby 2019; Adapter+, CVPR 2024)"
 
-    rank: int = 8
-    placement: str = "post"
-    activation: str = "gelu"
-    scale: float | str = "channel"
-    bias: bool = True
-    dropout: float = 0.0
-    dropout_out: float = 0.0
-    drop_path: float = 0.0
-    init: str = "houlsby"
-    train_norms: bool = False
-    train_biases: bool = False
+    rank: int = option(8, "width of the bottleneck")
+    placement: str = option("post", ", ".join(PLACEMENTS))
+    activation: str = option("gelu", "gelu_tanh, relu, leaky_relu, silu, ...")
+    scale: float | str = option("channel", "a number, scalar or channel")
+    bias: bool = option(True, "of both linear maps")
+    dropout: float = option(0.0, "after the activation")
+    dropout_out: float = option(0.0, "after the up-projection")
+    drop_path: float = option(0.0, "of the adapter's output, by image")
+    init: str = option("houlsby", ", ".join(INITS))
+    train_norms: bool = option(False, "train the norms too")
+    train_biases: bool = option(False, "and the linear biases")
 
     def __post_init__(self) -> None:
         if self.placement not in tuple(PLACEMENTS):
@@ -66,6 +65,8 @@ class Adapter(Method):
         check_flags(self, "bias", "train_norms", "train_biases")
 
     def insert(self, model: nn.Module, shapes: Shapes | None = None) -> None:
+        from ..sites import ADAPTED_BLOCKS, find_blocks  # here, so that naming a method need not wait for timm
+
         for block_name, block in find_blocks(model).items():
             block.__class__ = ADAPTED_BLOCKS[type(block)]
             for branch, join in zip(("attn", "mlp"), PLACEMENTS[self.placement], strict=True):
@@ -94,6 +95,8 @@ class Adapter(Method):
         )
 
     def overrides(self, model: nn.Module) -> list[str]:
+        from ..sites import find_blocks
+
         names = []
         if self.train_norms:
             # By the class's name: timm has its own norm classes, fused and not, which share no base.

@@ -1,13 +1,18 @@
 """What is a method? A frozen dataclass of settings that says what it adds to a backbone and what else it trains."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of a method with the words that a command's `--help` says about it."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)

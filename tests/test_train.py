@@ -1,0 +1,390 @@
+"""How is a model trained, and what does a run leave behind? The loop on tiny tensors, and whole runs."""
+
+import csv
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+import vitadapter_ext as va
+from vitadapter_ext.files import read
+from vitadapter_ext.methods import METHODS, Method
+from vitadapter_ext.train import Config, baselines, configure, fit
+from vitadapter_ext.train import pipeline as pipeline_module
+from vitadapter_ext.train.loop import DivergedError, Trainer, evaluate, seed_everything, train_mode, trainable
+from vitadapter_ext.train.run_folder import RunFolder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small gain nothing from threads, and on a busy machine they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Red and blue noise, 20 JPEGs of each."""
+    root = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for name, colour in (("blue", (60, 60, 190)), ("red", (190, 60, 60))):
+        (root / name).mkdir()
+        for index in range(20):
+            pixels = noise.normal(colour, 50, (40, 40, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.jpg")
+    return root
+
+
+def run(pictures, out, **given):
+    return fit(configure(**{"model": "test_vit", "data": str(pictures), "out": str(out), "epochs": 1, **given}))
+
+
+def batches(count: int = 24, size: int = 8, shuffle: bool = False) -> DataLoader:
+    """Noise whose class is the sign of its first channel."""
+    generator = torch.Generator().manual_seed(count)
+    labels = torch.randint(2, (count,), generator=generator)
+    images = torch.randn(count, 3, 16, 16, generator=generator)
+    images[:, 0] += 2.0 * labels.view(-1, 1, 1) - 1
+    return DataLoader(TensorDataset(images, labels), batch_size=size, shuffle=shuffle)
+
+
+def trainer(val: DataLoader | None = None, method=None, **given) -> Trainer:
+    seed_everything(0)
+    model = timm.create_model("test_vit", img_size=16, num_classes=2)
+    settings = {"model": "test_vit", "epochs": 3, "lr": 5e-3, "warmup_epochs": 0, **given}
+    config = Config(**settings, method=method or va.Adapter(rank=2))
+    va.attach(model, config.method)
+    return Trainer(model, batches(shuffle=True), val or batches(16), config, CPU)
+
+
+class Silent:
+    """A listener that only keeps what it hears, and may do something after an epoch."""
+
+    def __init__(self, after_epoch=lambda trainer: None, after_step=lambda: None):
+        self.rows, self.after_epoch, self.after_step = [], after_epoch, after_step
+
+    def start(self, phases, steps):
+        self.phases, self.steps = phases, steps
+
+    def step(self):
+        self.after_step()
+
+    def epoch(self, row, trainer):
+        self.rows.append(row)
+        self.after_epoch(trainer)
+
+
+def test_training_learns_and_leaves_what_is_frozen():
+    training = trainer(epochs=5)
+    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    listener = Silent()
+    training.run(listener)
+    assert (listener.phases, listener.steps) == ([5], 3)
+    assert listener.rows[-1]["train_loss"] < listener.rows[0]["train_loss"]
+    assert max(row["val_accuracy"] for row in listener.rows) > 0.8
+    for name, tensor in training.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != (name in trainable(training.model)), name
+
+
+def test_only_what_is_trained_is_in_the_optimizer_and_vectors_do_not_decay():
+    for weight_decay in (0.1, 0.0):
+        training = trainer(weight_decay=weight_decay)
+        groups = training.optimizer.param_groups
+        assert sum(len(group["params"]) for group in groups) == len(trainable(training.model))
+        for group in groups:
+            assert all(group["weight_decay"] == (weight_decay if t.ndim > 1 else 0) for t in group["params"])
+
+
+def test_the_rate_warms_up_and_falls_by_the_step():
+    training = trainer(epochs=4, warmup_epochs=2, lr=0.01)
+    rates = []
+    training.run(Silent(after_step=lambda: rates.append(training.optimizer.param_groups[0]["lr"])))
+    steps = 4 * 3
+    assert rates[:6] == pytest.approx([0.01 * step / 6 for step in range(1, 6)] + [0.005])
+    assert rates[6:] == pytest.approx([0.005 * (1 + math.cos(math.pi * step / steps)) for step in range(7, steps + 1)])
+    short = trainer(epochs=1, warmup_epochs=10, lr=0.01)
+    highest = []
+    short.run(Silent(after_step=lambda: highest.append(short.optimizer.param_groups[0]["lr"])))
+    assert max(highest) > 0.002  # a single epoch still trains
+
+
+def test_the_best_validation_epoch_is_put_back_and_ties_go_to_the_lower_loss():
+    training = trainer(epochs=6, lr=0.05)
+    states = []
+
+    def keep(trainer):
+        states.append({name: tensor.detach().clone() for name, tensor in trainable(trainer.model).items()})
+
+    listener = Silent(keep)
+    training.run(listener)
+    best = max(range(6), key=lambda index: (listener.rows[index]["val_accuracy"], -listener.rows[index]["val_loss"]))
+    assert training.best.epoch == best + 1
+    for name, tensor in trainable(training.model).items():
+        assert torch.equal(tensor, states[best][name])
+    assert evaluate(training.model, training.val, CPU)[1] == training.best.val_accuracy
+
+
+def test_patience_stops_early():
+    training = trainer(epochs=30, patience=2, lr=1e-12)  # nothing changes, so the first epoch stays the best
+    listener = Silent()
+    training.run(listener)
+    assert len(listener.rows) - training.best.epoch == 2 and len(listener.rows) < 30
+
+
+def test_clipping_bounds_the_gradient():
+    training = trainer(epochs=1, clip_grad=1e-3)
+    training.run(Silent())
+    norm = torch.stack([tensor.grad.norm() for tensor in trainable(training.model).values()]).norm()
+    assert norm <= 1.001e-3
+
+
+def test_a_loss_that_is_no_number_stops_and_the_best_epoch_is_kept():
+    training = trainer(epochs=5)
+
+    def spoil(trainer):
+        if trainer.epoch == 2:
+            trainer.train.dataset.tensors[0].fill_(float("nan"))
+
+    with pytest.raises(DivergedError, match="epoch 3"):
+        training.run(Silent(spoil))
+    assert training.best.epoch <= 2
+    assert all(tensor.isfinite().all() for tensor in training.model.state_dict().values())
+
+
+def test_after_an_interruption_the_best_epoch_is_put_back():
+    training = trainer(epochs=5)
+    calls = []
+
+    def interrupt():
+        calls.append(1)
+        if len(calls) == 8:  # amid the third epoch
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.run(Silent(after_step=interrupt))
+    assert training.epoch == 2
+    for name, tensor in trainable(training.model).items():
+        assert torch.equal(tensor, training.best.state[name])
+
+
+@dataclass(frozen=True)
+class TwoPhases(va.Adapter):
+    """An adapter that is trained twice, and loses a block's in between."""
+
+    name: ClassVar[str] = "two-phases"
+
+    def phases(self, epochs):
+        return [epochs, epochs + 1]
+
+    def between_phases(self, model, optimizer):
+        assert len(optimizer.state) == len(trainable(model))
+        for tensor in model.blocks[0].adapter_mlp.parameters():
+            tensor.requires_grad_(False)
+
+
+def test_a_phase_restarts_the_schedule_and_takes_the_optimizers_state_along():
+    training = trainer(epochs=2, method=TwoPhases(rank=2), lr=0.01)
+    counts, rates, steps = [], [], []
+
+    def keep(trainer):
+        counts.append(len(trainable(trainer.model)))
+        rates.append(trainer.rows[-1]["lr"])
+        head = trainer.optimizer.state[trainer.model.head.weight]
+        steps.append(int(head["step"]))
+
+    training.run(Silent(keep))
+    assert [row["phase"] for row in training.rows] == [1, 1, 2, 2, 2]
+    assert [row["epoch"] for row in training.rows] == [1, 2, 3, 4, 5]
+    assert counts[0] == counts[1] > counts[2] == counts[4]
+    assert rates[2] > rates[1]
+    assert steps == [3, 6, 9, 12, 15]
+    assert training.best.epoch > 2  # of the last phase: only its tensors fit the model as it is now
+
+
+def test_a_checkpoint_loads_without_executing_anything(tmp_path):
+    training = trainer(epochs=2)
+    folder = RunFolder(tmp_path / "run", "")
+    training.run(Silent(lambda trainer: folder.write_checkpoint(trainer.checkpoint())))
+    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert (state["phase"], state["epoch"], len(state["rows"])) == (1, 2, 2)
+    assert set(state["trainable"]) == set(state["best"]["state"]) == set(trainable(training.model))
+    assert {"optimizer", "scheduler", "scaler", "rng"} <= set(state)
+    other = trainer(epochs=2)
+    other.optimizer.load_state_dict(state["optimizer"])
+
+
+def test_batch_norms_keep_their_statistics():
+    norm = torch.nn.BatchNorm2d(3)
+    model = torch.nn.Sequential(norm, torch.nn.Dropout())
+    train_mode(model)
+    assert model.training and model[1].training and not norm.training
+
+
+def test_mixed_precision_on_the_cpu():
+    training = trainer(epochs=1, amp="bf16")
+    training.run(Silent())
+    assert all(tensor.dtype == torch.float32 for tensor in trainable(training.model).values())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_a_run_on_the_gpu(pictures, tmp_path, amp):
+    result = run(pictures, tmp_path / "run", device="cuda", amp=amp, epochs=3, clip_grad=1.0)
+    assert result.summary["device"] == "cuda" and result.summary["val_accuracy"] >= 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_leaves_a_whole_run_folder(pictures, tmp_path, method):
+    result = run(pictures, tmp_path / "run", method=method, epochs=2, batch_size=16)
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "metrics.csv",
+        "summary.json",
+        "adapter.safetensors",
+        "last.ckpt",
+        "curves.png",
+    }
+    found = json.loads((folder / "summary.json").read_text())
+    assert found == result.summary
+    assert 0 <= found["test_accuracy"] <= 1 and found["status"] == "finished" and found["method"] == method
+    counts = va.summary(result.model)
+    assert found["parameters"] == {
+        kind: getattr(counts, kind) for kind in ("adapter", "head", "overrides", "trainable", "total")
+    }
+    assert found["adapter_file_bytes"] == (folder / "adapter.safetensors").stat().st_size
+    for key in ("train_seconds", "images_per_second", "peak_memory_mb"):
+        assert found[key] > 0
+    assert found["seed"] == 0 and {"torch", "timm", "vitadapter_ext"} <= set(found["versions"])
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    with Image.open(folder / "curves.png") as curves:
+        curves.load()
+    assert Config.from_yaml((folder / "config.yaml").read_text()) == configure(
+        model="test_vit", data=str(pictures), out=str(folder), method=method, epochs=2, batch_size=16
+    )
+    torch.manual_seed(0)
+    model = va.load(timm.create_model("test_vit"), folder / "adapter.safetensors").eval()
+    image = torch.rand(2, 3, 160, 160)
+    with torch.no_grad():
+        assert torch.equal(model(image), result.model.cpu()(image))
+
+
+def test_the_adapter_file_knows_classes_backbone_and_preprocessing(pictures, tmp_path):
+    run(pictures, tmp_path / "run")
+    metadata, _ = read(tmp_path / "run" / "adapter.safetensors")
+    assert metadata["class_names"] == ["blue", "red"]
+    assert metadata["backbone"]["model"] == "test_vit" and metadata["backbone"]["weights"] == {"random": 0}
+    assert metadata["data"]["mean"] == [0.5, 0.5, 0.5]
+
+
+def test_equal_seeds_give_equal_bytes(pictures, tmp_path):
+    hashes = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.rand(3)  # what happened before must not matter
+        run(pictures, tmp_path / name, seed=seed, dropout=0.3, drop_path=0.1)
+        hashes.append(hashlib.sha256((tmp_path / name / "adapter.safetensors").read_bytes()).digest())
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_the_test_set_is_looked_at_once_and_does_not_choose(pictures, tmp_path, monkeypatch):
+    seen = []
+
+    def counting(model, loader, device, amp="none"):
+        seen.append(len(loader.dataset.dataset))
+        return evaluate(model, loader, device, amp)
+
+    monkeypatch.setattr(pipeline_module, "evaluate", counting)
+    run(pictures, tmp_path / "run", epochs=3)
+    assert seen == [6]  # of 40 images, 15 % of each class
+
+
+def test_the_adapter_file_holds_the_best_epoch(pictures, tmp_path):
+    result = run(pictures, tmp_path / "run", epochs=3, lr=0.02)
+    tensors = safetensors.torch.load_file(tmp_path / "run" / "adapter.safetensors")
+    best = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["best"]
+    assert best["epoch"] == result.summary["best_epoch"]
+    for name, tensor in best["state"].items():
+        assert any(torch.equal(tensor, saved) for key, saved in tensors.items() if key.endswith(name))
+
+
+def test_a_run_that_diverges_says_so_and_keeps_its_metrics(pictures, tmp_path):
+    with pytest.raises(ValueError, match="the loss became nan in epoch 1: nothing is saved"):
+        run(
+            pictures, tmp_path / "run", method="full", lr=1e30, warmup_epochs=0, optimizer="sgd", epochs=2, batch_size=4
+        )
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert found["status"] == "diverged" and "test_accuracy" not in found
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+def test_a_refused_run_leaves_no_folder(pictures, tmp_path):
+    with pytest.raises(ValueError, match="adm"):
+        run(pictures, tmp_path / "run", optimizer="adm")
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_without_a_name_are_numbered(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "my-pets-adapter-1").mkdir(parents=True)
+    assert RunFolder(None, "my pets-adapter").path.as_posix() == "runs/my-pets-adapter-2"
+
+
+def test_baselines_by_hand():
+    class Model(torch.nn.Module):
+        """Its features are the two pixels it gets; its own outputs are called c, a, b."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def forward_features(self, images):
+            return images * self.scale
+
+        def forward_head(self, features, pre_logits=False):
+            return features if pre_logits else torch.cat([features.sum(1, keepdim=True).abs() + 9, features], 1)
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(2, (60,), generator=generator)
+    images = 0.1 * torch.randn(60, 2, generator=generator)
+    images[torch.arange(60), labels] += 1
+    images[:6] = images[:6].flip(1)  # six of sixty that any reasonable answer gets wrong
+    loader = DataLoader(TensorDataset(images, labels), batch_size=7)
+    loaders = dict.fromkeys(("train", "val", "test"), loader)
+    found = baselines.measure(Model(), ("c", "a", "b"), ("a", "b"), loaders)
+    assert found == {"linear_probe_accuracy": pytest.approx(0.9), "backbone_accuracy": pytest.approx(0.9)}
+    assert "backbone_accuracy" not in baselines.measure(Model(), ("c", "a", "b"), ("a", "d"), loaders)
+
+
+def test_the_embedded_default_in_one_epoch(tmp_path, capsys):
+    result = fit(configure(epochs=1, out=str(tmp_path / "run")))
+    assert result.summary["test_accuracy"] > 0.5
+    assert result.summary["linear_probe_accuracy"] > 0.9
+    assert result.summary["backbone_accuracy"] > 0.5
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split("  ")[0] for line in lines if line][-10:-4]
+    assert table == ["test accuracy", "linear probe", "untouched backbone", "parameters trained", "file size", "time"]
+    namespace = {}
+    exec("\n".join(line.strip() for line in lines[-3:]), namespace)  # the printed lines are ones that work
+    image = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(namespace["model"](image), result.model(image))
+
+
+def test_methods_may_define_phases():
+    assert all(isinstance(kind().phases(3), list) for kind in METHODS.values())
+    assert issubclass(TwoPhases, Method)

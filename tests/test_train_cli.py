@@ -1,0 +1,370 @@
+"""Does the command line behave? Help, bad input, Ctrl-C, recipes, and a saved file in a new process."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+
+import vitadapter_ext as va
+from vitadapter_ext import cli
+from vitadapter_ext.methods import METHODS
+from vitadapter_ext.train import Config, configure
+from vitadapter_ext.train.__main__ import main
+from vitadapter_ext.train.backbone import create
+from vitadapter_ext.train.config import field_hints
+from vitadapter_ext.train.recipes import RECIPES
+
+TRAIN = [sys.executable, "-m", "vitadapter_ext.train"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Here and in processes started here: on a busy machine the threads of small models wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """JPEGs of red and of blue noise."""
+    root = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for name, colour in (("blue", (60, 60, 190)), ("red", (190, 60, 60))):
+        (root / name).mkdir()
+        for index in range(12):
+            pixels = noise.normal(colour, 50, (40, 40, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.jpg")
+    return root
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs the command in this process; returns exit code, stdout, stderr."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.run(main, [str(word) for word in argv])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_help_reads_well_at_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main, ["--help"])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert all(len(line) <= 80 for line in out.splitlines())
+    names = {*field_hints(Config), *(name for kind in METHODS.values() for name in field_hints(kind))}
+    flags, recipes = out.split("\nrecipes:")
+    for name in names:
+        flag = name.replace("_", "-")
+        lines = [line for line in flags.splitlines() if line.startswith((f"  --{flag} ", f"  --[no-]{flag} "))]
+        assert len(lines) == 1 and not lines[0].rstrip().endswith(flag), name
+    assert all(f"\n  {name}\n" in recipes for name in RECIPES)
+
+
+def test_no_option_of_a_method_hides_one_of_the_run():
+    for kind in METHODS.values():
+        assert not set(field_hints(kind)) & set(field_hints(Config))
+
+
+BAD = {
+    "--rnk 3": "did you mean --rank?",
+    "stray": "unknown argument 'stray'",
+    "--rank": "expected one argument",
+    "--rank 0": "rank is 0",
+    "--rank -1": "rank is -1",
+    "--rank 2.5": "--rank takes a whole number, got '2.5'",
+    "--rank eight": "--rank takes a whole number, got 'eight'",
+    "--method adaptor": "did you mean 'adapter'?",
+    "--placement pots": "did you mean 'post'?",
+    "--method linear-probe --rank 4": "--rank is an option of the method adapter, not of linear-probe",
+    "--model vit_tiny_patch16_242": "did you mean 'vit_tiny_patch16_224'?",
+    "--model test_vit.r16_in1k": "did you mean 'test_vit.r160_in1k'?",
+    "--recipe adapter_plus": "did you mean 'adapter-plus'?",
+    "--weights some.pth": "--weights needs --model",
+    "--pretrained": "--pretrained needs --model",
+    "--model test_vit --pretrained --weights x.pth": "exclude each other",
+    "--model test_vit --weights nowhere.pth": "the weights file nowhere.pth does not exist",
+    "--model test_vit --weights weights.txt": "takes a .npz, .safetensors or .pth file",
+    "--data nowhere": "the data folder nowhere does not exist",
+    "--epochs 0": "--epochs must be at least 1",
+    "--batch-size 0": "--batch-size must be at least 1",
+    "--lr 0": "--lr must be a positive number",
+    "--clip-grad -1": "--clip-grad must be a positive number",
+    "--label-smoothing 1": "--label-smoothing must be at least 0 and below 1",
+    "--amp fp8": "known: bf16, fp16, none",
+    "--amp fp16 --device cpu": "--amp fp16 needs a CUDA device",
+    "--augmentation flip": "unknown augmentation",
+    "--device gpu": "the device 'gpu' is not there",
+    "--seed -1": "--seed must be from 0",
+}
+
+
+@pytest.mark.parametrize("argv", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(command, tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*argv.split())
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and BAD[argv] in err
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_traceback_only_when_asked_for(tmp_path):
+    plain, asked = (
+        subprocess.run([*TRAIN, "--data", "nowhere", *more], cwd=tmp_path, capture_output=True, text=True)
+        for more in ([], ["--traceback"])
+    )
+    assert plain.returncode == asked.returncode == 2
+    assert plain.stderr == "error: the data folder nowhere does not exist\n"
+    assert "Traceback (most recent call last)" in asked.stderr and asked.stderr.endswith(plain.stderr)
+
+
+def weights_file(path: Path, **arguments) -> Path:
+    torch.manual_seed(7)
+    state = timm.create_model("test_vit", **arguments).state_dict()
+    safetensors.torch.save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("classes", [0, 5, 1000])
+def test_weights_from_a_file(tmp_path, suffix, classes):
+    path = weights_file(tmp_path / f"w{suffix}", num_classes=classes)
+    backbone = create(configure(model="test_vit", weights=str(path), backbone_drop_path=0.1))
+    torch.manual_seed(7)
+    wanted = timm.create_model("test_vit", num_classes=classes).state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in backbone.model.state_dict().items())
+    assert backbone.origin["weights"]["file"] == path.name and len(backbone.origin["weights"]["sha256"]) == 64
+    found = {}
+    exec("\n".join(backbone.code), found)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found["model"].state_dict().items())
+
+
+class Harm:
+    """What a pickle could run."""
+
+    def __reduce__(self):
+        return (Path("/tmp/vitadapter-harm").touch, ())
+
+
+def test_weights_that_do_not_fit(command, pictures, tmp_path):
+    torch.save(timm.create_model("test_vit2").state_dict(), tmp_path / "other.pth")
+    torch.save({"weight": Harm()}, tmp_path / "harm.pth")
+    np.savez(tmp_path / "other.npz", weight=np.zeros(3))
+    (tmp_path / "junk.pth").write_bytes(b"no weights")
+    (tmp_path / "junk.safetensors").write_bytes(b"no weights")
+    for path in sorted(tmp_path.iterdir()):
+        code, _, err = command("--model", "test_vit", "--data", pictures, "--weights", path, "--out", tmp_path / "run")
+        assert code == 2 and err.count("\n") == 1
+        assert f"{path} is not a file of weights for test_vit" in err
+    assert not (tmp_path / "run").exists() and not Path("/tmp/vitadapter-harm").exists()
+
+
+def test_google_weights_of_another_depth_are_refused(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit")
+    arrays = as_google(model)
+    np.savez(tmp_path / "fits.npz", **arrays)
+    backbone = create(configure(model="test_vit", weights=str(tmp_path / "fits.npz")))
+    wanted = model.state_dict()
+    for name, tensor in backbone.model.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+    last = f"Transformer/encoderblock_{len(model.blocks) - 1}/"
+    more = {key.replace(last, "Transformer/encoderblock_99/"): array for key, array in arrays.items() if last in key}
+    np.savez(tmp_path / "deeper.npz", **arrays, **more)
+    with pytest.raises(ValueError, match=f"it has {len(model.blocks) + 1} blocks and the model {len(model.blocks)}"):
+        create(configure(model="test_vit", weights=str(tmp_path / "deeper.npz")))
+
+
+def as_google(model) -> dict[str, np.ndarray]:
+    """A plain ViT's tensors under the names and in the layouts of Google's .npz files."""
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    arrays = {
+        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "cls": state["cls_token"],
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+        "head/kernel": state["head.weight"].T,
+        "head/bias": state["head.bias"],
+    }
+    for index, block in enumerate(model.blocks):
+        ours, theirs = f"blocks.{index}.", f"Transformer/encoderblock_{index}/"
+        heads, dim = block.attn.num_heads, block.attn.proj.in_features
+        attention = theirs + "MultiHeadDotProductAttention_1/"
+        qkv = zip(
+            ("query", "key", "value"),
+            np.split(state[ours + "attn.qkv.weight"], 3),
+            np.split(state[ours + "attn.qkv.bias"], 3),
+            strict=True,
+        )
+        for name, weight, bias in qkv:
+            arrays[f"{attention}{name}/kernel"] = weight.T.reshape(dim, heads, -1)
+            arrays[f"{attention}{name}/bias"] = bias.reshape(heads, -1)
+        arrays[attention + "out/kernel"] = state[ours + "attn.proj.weight"].T.reshape(heads, -1, dim)
+        arrays[attention + "out/bias"] = state[ours + "attn.proj.bias"]
+        for number, name in enumerate(("mlp.fc1", "mlp.fc2")):
+            arrays[f"{theirs}MlpBlock_3/Dense_{number}/kernel"] = state[f"{ours}{name}.weight"].T
+            arrays[f"{theirs}MlpBlock_3/Dense_{number}/bias"] = state[f"{ours}{name}.bias"]
+        for number, name in ((0, "norm1"), (2, "norm2")):
+            arrays[f"{theirs}LayerNorm_{number}/scale"] = state[f"{ours}{name}.weight"]
+            arrays[f"{theirs}LayerNorm_{number}/bias"] = state[f"{ours}{name}.bias"]
+    return arrays
+
+
+def test_an_output_folder_that_cannot_be_used(command, pictures, tmp_path):
+    start = ["--model", "test_vit", "--data", pictures, "--out"]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").touch()
+    code, _, err = command(*start, tmp_path / "full")
+    assert code == 2 and "exists and is not empty" in err
+    code, _, err = command(*start, tmp_path / "full" / "something")
+    assert code == 2 and "exists and is not a folder" in err
+    code, out, err = command(*start, tmp_path / "full" / "something" / "run")
+    assert code == 2 and "Not a directory" in err and err.count("\n") == 1
+    assert out == ""  # before anything else
+
+
+def test_a_full_disk_is_one_sentence_and_the_old_file_stays(command, pictures, tmp_path, monkeypatch):
+    calls = []
+
+    def fsync(handle):
+        calls.append(handle)
+        if len(calls) > 2:  # config.yaml and the first epoch's checkpoint have been written
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    code, _, err = command("--model", "test_vit", "--data", pictures, "--epochs", 3, "--out", tmp_path / "run")
+    assert code == 2 and err.endswith("last.ckpt: No space left on device\n") and err.count("\n") == 1
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["epoch"] == 1
+
+
+FRESH = """
+import sys, timm, torch, vitadapter_ext as va
+from vitadapter_ext.files import read
+_, weights, adapter, images, logits = sys.argv
+arguments = read(adapter)[0]["backbone"]["arguments"]
+model = timm.create_model("test_vit", **arguments)
+model.load_state_dict(torch.load(weights, weights_only=True))
+va.load(model, adapter).eval()
+with torch.no_grad():
+    torch.save(model(torch.load(images)), logits)
+"""
+
+
+def test_a_folder_of_jpegs_and_the_saved_file_in_a_new_process(pictures, tmp_path):
+    weights, out = weights_file(tmp_path / "w.pth"), tmp_path / "run"
+    argv = [*TRAIN, "--model", "test_vit", "--weights", str(weights), "--data", str(pictures), "--out", str(out)]
+    done = subprocess.run([*argv, "--epochs", "2", "--rank", "4"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("data") and "2 classes; 16 train, 4 val, 4 test images" in lines[0]
+    assert sum(line.startswith("epoch ") for line in lines) == 2
+    assert lines[-1].endswith(f'vitadapter_ext.load(model, "{out}/adapter.safetensors").eval()')
+
+    images = torch.rand(3, 3, 160, 160)
+    torch.save(images, tmp_path / "images.pt")
+    files = [weights, out / "adapter.safetensors", tmp_path / "images.pt", tmp_path / "logits.pt"]
+    subprocess.run([sys.executable, "-c", FRESH, *map(str, files)], cwd=tmp_path, check=True)
+    model = timm.create_model("test_vit")
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    va.load(model, out / "adapter.safetensors").eval()
+    with torch.no_grad():
+        assert torch.equal(model(images), torch.load(tmp_path / "logits.pt"))
+    # The trained model itself: what the last checkpoint calls best, on the same backbone.
+    best = torch.load(out / "last.ckpt", weights_only=True)["best"]["state"]
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in best.items())
+
+
+def test_ctrl_c_saves_what_is_trained_so_far(pictures, tmp_path):
+    out = tmp_path / "run"
+    argv = [*TRAIN, "--model", "test_vit", "--data", pictures, "--epochs", "9999", "--out", out]
+    process = subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not (out / "last.ckpt").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stderr == "stopped by Ctrl-C\n"
+    assert str(out / "adapter.safetensors") in stdout
+    found = json.loads((out / "summary.json").read_text())
+    assert found["status"] == "interrupted" and "test_accuracy" not in found
+    assert (out / "metrics.csv").read_text().count("\n") == found["epochs"] + 1
+    torch.manual_seed(0)
+    va.load(timm.create_model("test_vit"), out / "adapter.safetensors")
+
+
+def test_unreadable_images_are_left_out_and_named(command, pictures, tmp_path):
+    for path in sorted(pictures.rglob("*.jpg")):
+        target = tmp_path / "data" / path.relative_to(pictures)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    whole = (tmp_path / "data" / "red" / "3.jpg").read_bytes()
+    (tmp_path / "data" / "red" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    start = ["--model", "test_vit", "--data", tmp_path / "data", "--epochs", 1, "--out", tmp_path / "run"]
+    code, out, err = command(*start)
+    assert (code, err) == (0, "")
+    assert "1 of 25 images" in out and "red/cut.jpg" in out
+    (tmp_path / "data" / "red" / "empty.jpg").touch()
+    code, _, err = command(*start[:-1], tmp_path / "second")
+    assert code == 2 and "2 of 26 images" in err and "more than 5%" in err
+
+
+def test_command_line_over_recipe_over_defaults():
+    config = configure(recipe="adapter-plus", rank="16", lr="2e-3", data="pets")
+    assert (config.method.rank, config.method.drop_path, config.lr, config.epochs) == (16, 0.1, 2e-3, 100)
+    assert (config.model, config.pretrained) == ("vit_base_patch16_224.orig_in21k", True)
+    own = configure(recipe="adapter-plus", model="vit_small_patch16_224")
+    assert (own.model, own.pretrained) == ("vit_small_patch16_224", False)
+    file = configure(recipe="adapter-plus", weights="w.npz")
+    assert (file.model, file.weights, file.pretrained) == ("vit_base_patch16_224.orig_in21k", "w.npz", False)
+    probe = configure(recipe="adapter-plus", method="linear-probe")
+    assert probe.method == va.LinearProbe() and probe.epochs == 100
+    assert configure().recipe == "embedded" and configure(model="test_vit").recipe == "general"
+    assert configure(model="test_vit", scale="0.5").method.scale == 0.5
+    assert configure(model="test_vit", scale="scalar").method.scale == "scalar"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_recipes_are_whole_and_survive_yaml(recipe, method):
+    config = configure(recipe=recipe, method=method)
+    assert Config.from_yaml(config.to_yaml()) == config
+    if method == RECIPES[recipe].method:
+        assert RECIPES[recipe].options.items() <= dataclasses.asdict(config.method).items()
+    assert RECIPES[recipe].description and RECIPES[recipe].source
+
+
+@pytest.mark.parametrize("recipe", [name for name, recipe in RECIPES.items() if name != "embedded"])
+def test_recipes_run(command, pictures, tmp_path, recipe):
+    out = tmp_path / "run"
+    code, stdout, err = command(
+        *("--recipe", recipe, "--model", "test_vit", "--data", pictures, "--epochs", 1, "--out", out)
+    )
+    assert (code, err) == (0, "")
+    assert f"recipe: {recipe}\n" in (out / "config.yaml").read_text()

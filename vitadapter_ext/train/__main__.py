@@ -1,0 +1,88 @@
+"""Which flags does `python -m vitadapter_ext.train` take? Those of `Config` and of every method, from their fields."""
+
+import dataclasses
+import shutil
+import sys
+import textwrap
+
+from ..cli import Parser, add_flag, run
+from ..methods import METHODS
+from .config import Config, configure, field_hints
+from .recipes import RECIPES
+
+_DESCRIPTION = """\
+Fine-tunes a Vision Transformer with few trained parameters, and says how well.
+
+Without arguments: the small ViT that ships in this package is adapted to
+scikit-learn's handwritten digits. With --data it is adapted to a folder of
+images; with --model any timm ViT is. Defaults stand in brackets."""
+
+
+def main(argv: list[str]) -> None:
+    """Trains as the arguments say."""
+    given = vars(_parser().parse_args(argv))
+    del given["traceback"]
+    config = configure(**given)
+    from .pipeline import fit  # here, so that --help and refused flags need not wait for timm
+
+    fit(config)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m vitadapter_ext.train", description=_DESCRIPTION, epilog=_recipes())
+    groups = {name: parser.add_argument_group(name) for name in ("data", "backbone", "method", "training", "run")}
+    hints = field_hints(Config)
+    for field in dataclasses.fields(Config):
+        if field.name == "method":
+            add_flag(groups["method"], "method", str, ", ".join(METHODS) + " [adapter]", metavar="NAME")
+            _add_method_flags(groups["method"])
+            continue
+        text = field.metadata["help"]
+        if field.default is not None and not isinstance(field.default, bool):
+            text += f" [{field.default}]"
+        add_flag(groups[field.metadata["group"]], field.name, hints[field.name], text, field.metadata["metavar"])
+    return parser
+
+
+def _add_method_flags(group) -> None:
+    """A flag for each field of any method: its metadata's `help`, and the default in every method that has it."""
+    fields: dict[str, dict[str, dataclasses.Field]] = {}
+    for name, kind in METHODS.items():
+        for field in dataclasses.fields(kind):
+            if field.init:
+                fields.setdefault(field.name, {})[name] = field
+    for option, owners in fields.items():
+        first = next(iter(owners))
+        defaults = ", ".join(f"{name} {_shown(field.default)}" for name, field in owners.items())
+        text = " ".join(part for part in (owners[first].metadata.get("help"), f"[{defaults}]") if part)
+        add_flag(group, option, field_hints(METHODS[first])[option], text)
+
+
+def _shown(default: object) -> object:
+    return {True: "on", False: "off"}.get(default, default) if isinstance(default, bool) else default
+
+
+def _recipes() -> str:
+    lines = ["recipes:"]
+    for name, recipe in RECIPES.items():
+        parts = [recipe.description, f"from: {recipe.source}"]
+        if recipe.checkpoint:
+            parts.append(f"--model {recipe.checkpoint} --pretrained")
+        settings = {"method": recipe.method, **recipe.options, **recipe.settings}
+        parts.append(" ".join(_flag(key, setting) for key, setting in settings.items()))
+        lines.append(f"  {name}")
+        width = shutil.get_terminal_size().columns - 2
+        for part in parts:
+            lines += textwrap.wrap(
+                part, width, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+            )
+    return "\n".join(lines)
+
+
+def _flag(name: str, setting: object) -> str:
+    flag = name.replace("_", "-")
+    return {True: f"--{flag}", False: f"--no-{flag}"}[setting] if isinstance(setting, bool) else f"--{flag} {setting}"
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,92 @@
+"""Which images does a run see, and how do they become batches? Data sets bring splits, timm the transforms."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, InterpolationMode, RandomAffine
+
+from .config import Config
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass
+class Data:
+    """The splits of a data set: each a `Dataset` of (RGB picture, label) pairs, and what one should know of them."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Dataset
+    val: Dataset
+    test: Dataset
+    notes: list[str] = field(default_factory=list)
+
+
+def data_name(config: Config) -> str:
+    """A short name of the data set, for people and for folders."""
+    return "digits" if config.data is None else Path(config.data).resolve().name
+
+
+def read_data(config: Config) -> Data:
+    """The data set that the configuration names; `ValueError` in one sentence where it cannot be used."""
+    if config.data is None:
+        from ..data.digits import Digits
+
+        train, val, test = (Digits(split) for split in ("train", "val", "test"))
+        return Data(data_name(config), train.classes, train, val, test)
+    from ..data.folder import read_folder
+
+    splits, notes = read_folder(config.data)
+    return Data(data_name(config), splits["train"].classes, **splits, notes=notes)
+
+
+def evaluation_transform(data_config: dict[str, Any]) -> Transform:
+    """timm's transform for evaluation with the size, interpolation, crop and normalisation of the checkpoint."""
+    return create_transform(**data_config, is_training=False)
+
+
+def training_transform(augmentation: str, data_config: dict[str, Any]) -> Transform:
+    """What `Config.augmentation` names: "none", "affine" (slight rotation, shift, zoom and shear) or "crop-flip"."""
+    evaluation = evaluation_transform(data_config)
+    if augmentation == "none":
+        return evaluation
+    if augmentation == "affine":
+        move = RandomAffine(
+            10, translate=(0.06, 0.06), scale=(0.9, 1.1), shear=8, interpolation=InterpolationMode.BILINEAR
+        )
+        return Compose([move, evaluation])
+    return create_transform(**data_config, is_training=True, scale=(0.5, 1.0), hflip=0.5, color_jitter=None)
+
+
+class Transformed(Dataset):
+    """The pairs of `dataset` with their pictures transformed."""
+
+    def __init__(self, dataset: Dataset, transform: Transform):
+        self.dataset = dataset
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.dataset[index]
+        return self.transform(image), label
+
+
+def loader(dataset: Dataset, transform: Transform, config: Config, shuffle: bool = False) -> DataLoader:
+    """Batches (B, 3, H, W) and labels (B,); order and augmentation depend on PyTorch's seed, in workers too."""
+    return DataLoader(
+        Transformed(dataset, transform),
+        batch_size=config.batch_size,
+        shuffle=shuffle,
+        num_workers=config.workers,
+        persistent_workers=config.workers > 0,
+        pin_memory=torch.cuda.is_available() and config.device != "cpu",
+    )

@@ -1,0 +1,236 @@
+"""How is a model trained? In phases with an optimizer and a schedule each; validation images choose the best epoch."""
+
+import math
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .config import Config
+
+
+class DivergedError(ArithmeticError):
+    """The loss is not a finite number any more."""
+
+
+@dataclass
+class Best:
+    """The best epoch of a phase and its trained tensors, on the CPU."""
+
+    epoch: int
+    val_accuracy: float
+    val_loss: float
+    state: dict[str, Tensor]
+
+
+class Listener(Protocol):
+    """What hears of a training's progress."""
+
+    def start(self, phases: list[int], steps: int) -> None:
+        """Before the first epoch: epochs of each phase, and steps of an epoch."""
+
+    def step(self) -> None:
+        """After each batch."""
+
+    def epoch(self, row: dict[str, Any], trainer: "Trainer") -> None:
+        """After each epoch, with its row of metrics."""
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and PyTorch; PyTorch seeds its loader's workers from its own generator."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """The context of `Config.amp` ("none", "bf16", "fp16")."""
+    return torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "none")
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: DataLoader, device: torch.device, amp: str = "none") -> tuple[float, float]:
+    """Mean cross entropy (nats) and accuracy (0 to 1) over all images; leaves the model in evaluation mode."""
+    model.eval()
+    loss = torch.zeros((), device=device)
+    right = torch.zeros((), device=device, dtype=torch.int64)
+    for images, labels in batches:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with autocast(device, amp):
+            logits = model(images)
+        loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        right += (logits.argmax(1) == labels).sum()
+    return loss.item() / len(batches.dataset), right.item() / len(batches.dataset)
+
+
+class Trainer:
+    """One training: where it stands, and how it goes on.
+
+    Attributes:
+        phase, epoch: how many have begun and been finished; epochs count on through all phases.
+        best: of the present phase; a phase may change the model, so an earlier one's tensors may not fit it any more.
+        rows: the metrics of every finished epoch.
+        images, seconds: seen in training, and spent on it, evaluation excluded.
+    """
+
+    def __init__(self, model: nn.Module, train: DataLoader, val: DataLoader, config: Config, device: torch.device):
+        self.model, self.train, self.val, self.config, self.device = model, train, val, config, device
+        self.phase = self.epoch = self.images = 0
+        self.seconds = 0.0
+        self.best: Best | None = None
+        self.rows: list[dict[str, Any]] = []
+        self.optimizer = self._make_optimizer({})
+        self.scheduler = None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+
+    def run(self, listener: Listener) -> None:
+        """Trains all phases and leaves the model with the best epoch's tensors, also where it is interrupted.
+
+        Raises:
+            DivergedError: the loss became infinite or NaN.
+            KeyboardInterrupt: passed on.
+        """
+        phases = self.config.method.phases(self.config.epochs)
+        listener.start(phases, len(self.train))
+        try:
+            for epochs in phases:
+                self._run_phase(epochs, listener)
+        finally:
+            self.restore_best()
+
+    def restore_best(self) -> None:
+        """Puts the best epoch's tensors back; without one the model stays as it is."""
+        if self.best is not None:
+            with torch.no_grad():
+                for name, tensor in trainable(self.model).items():
+                    tensor.copy_(self.best.state[name])
+
+    def checkpoint(self) -> dict[str, Any]:
+        """All that going on from here needs, in types that `torch.load(weights_only=True)` admits."""
+        python, numpy = random.getstate(), np.random.get_state()
+        return {
+            "phase": self.phase,
+            "epoch": self.epoch,
+            "rows": self.rows,
+            "trainable": {name: tensor.detach() for name, tensor in trainable(self.model).items()},
+            "best": None if self.best is None else vars(self.best),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": {
+                "python": python,
+                "numpy": (numpy[0], numpy[1].tolist(), *numpy[2:]),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            },
+        }
+
+    def _run_phase(self, epochs: int, listener: Listener) -> None:
+        self.best = None
+        if self.phase:
+            self.config.method.between_phases(self.model, self.optimizer)
+            self.optimizer = self._make_optimizer(self.optimizer.state)
+        self.phase += 1
+        warmup = min(self.config.warmup_epochs, epochs / 2)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            num_epochs=epochs,
+            warmup_epochs=warmup,
+            warmup_lr=0.0,
+            step_on_epochs=False,
+            updates_per_epoch=len(self.train),
+        )
+        for epoch in range(epochs):
+            row = self._run_epoch(epoch * len(self.train), listener)
+            self.epoch += 1
+            self.rows.append(row)
+            self._choose(row)
+            listener.epoch(row, self)
+            if self.config.patience is not None and self.epoch - self.best.epoch >= self.config.patience:
+                break
+
+    def _make_optimizer(self, known: Mapping[Tensor, Any]) -> torch.optim.Optimizer:
+        """timm's optimizer over what is trained; what an earlier one has `known` of a tensor goes along with it."""
+        optimizer = create_optimizer_v2(
+            self.model,
+            self.config.optimizer,
+            lr=self.config.lr,
+            weight_decay=self.config.weight_decay,
+            param_group_fn=self._param_groups,  # without weight decay older timm would take the frozen ones in
+        )
+        optimizer.state.update({tensor: known[tensor] for tensor in trainable(self.model).values() if tensor in known})
+        return optimizer
+
+    def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        exempt = getattr(model, "no_weight_decay", set)()
+        return param_groups_weight_decay(model, self.config.weight_decay, no_weight_decay_list=exempt)
+
+    def _run_epoch(self, step: int, listener: Listener) -> dict[str, Any]:
+        began = time.perf_counter()
+        train_mode(self.model)
+        total = torch.zeros((), device=self.device)
+        for count, (images, labels) in enumerate(self.train, 1):
+            total += self._train_step(images, labels) * len(labels)
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.scheduler.step_update(step + count)
+            self.images += len(labels)
+            # NaN stays in the sum, so looking now and then is enough and the GPU is not kept waiting.
+            if (count % 20 == 0 or count == len(self.train)) and not math.isfinite(total.item()):
+                raise DivergedError(f"the loss became {total.item()} in epoch {self.epoch + 1}")
+            listener.step()
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        val_loss, val_accuracy = evaluate(self.model, self.val, self.device, self.config.amp)
+        if not math.isfinite(val_loss):
+            raise DivergedError(f"the validation loss became {val_loss} in epoch {self.epoch + 1}")
+        return {
+            "phase": self.phase,
+            "epoch": self.epoch + 1,
+            "lr": lr,
+            "train_loss": total.item() / len(self.train.dataset),
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+            "seconds": round(seconds, 3),
+        }
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        images = images.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        with autocast(self.device, self.config.amp):
+            loss = self.criterion(self.model(images), labels)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(trainable(self.model).values(), self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    def _choose(self, row: dict[str, Any]) -> None:
+        best = self.best
+        if best is None or (row["val_accuracy"], -row["val_loss"]) > (best.val_accuracy, -best.val_loss):
+            state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in trainable(self.model).items()}
+            self.best = Best(self.epoch, row["val_accuracy"], row["val_loss"], state)
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that ask for gradients, by name."""
+    return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def train_mode(model: nn.Module) -> None:
+    """Training mode, but batch norms keep their running statistics: no method trains them, and no file holds them."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()

@@ -1,0 +1,149 @@
+"""What happens in a run, in order? config → data → backbone → attach → loop → files; `fit` reads from top to bottom."""
+
+import platform
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+
+import vitadapter_ext
+
+from ..attachment import attach
+from ..files import save
+from ..parameters import summary as count_parameters
+from . import baselines, curves, report
+from .backbone import create
+from .config import Config
+from .data import data_name, evaluation_transform, loader, read_data, training_transform
+from .loop import DivergedError, Trainer, evaluate, seed_everything
+from .run_folder import RunFolder
+
+_COUNTS = ("adapter", "head", "overrides", "trainable", "total")
+
+
+@dataclass
+class Result:
+    """The trained model, what summary.json says, and the folder where it all lies."""
+
+    model: nn.Module
+    summary: dict[str, Any]
+    folder: Path
+
+
+def fit(config: Config) -> Result:
+    """Fine-tunes as the configuration says, tests once, and writes the run folder.
+
+    Where it is interrupted, the best epoch so far (else what there is) is saved and `KeyboardInterrupt` goes on.
+
+    Raises:
+        ValueError: for anything in the configuration or the data that cannot be used; for a loss that is no number any
+            more (the best epoch before is saved).
+        OSError: for what cannot be read or written.
+    """
+    device = choose_device(config)
+    folder = RunFolder(config.out, f"{data_name(config)}-{config.method.name}")
+    try:
+        data = read_data(config)
+        backbone = create(config)
+        data_config = resolve_model_data_config(backbone.model)
+        model = backbone.model.to(device)
+        report.opening(config, data, backbone, data_config, device)
+
+        evaluation = evaluation_transform(data_config)
+        held = {name: loader(getattr(data, name), evaluation, config) for name in ("train", "val", "test")}
+        measured = baselines.measure(model, backbone.classes, data.classes, held) if config.baselines else {}
+
+        seed_everything(config.seed)
+        model.reset_classifier(len(data.classes))
+        attach(model.to(device), config.method)
+        parameters = count_parameters(model)
+        report.attached(parameters, folder.path)
+        batches = loader(data.train, training_transform(config.augmentation, data_config), config, shuffle=True)
+        trainer = Trainer(model, batches, held["val"], config, device)
+        folder.write_config(config.to_yaml())
+    except BaseException:
+        folder.discard()
+        raise
+
+    found = {
+        "status": "finished",
+        "method": config.method.name,
+        "data": data.name,
+        "classes": len(data.classes),
+        **measured,
+    }
+    failure = None
+    began = time.perf_counter()
+    try:
+        with report.Progress(folder) as progress:
+            trainer.run(progress)
+        found["train_seconds"] = round(time.perf_counter() - began, 2)
+        _, found["test_accuracy"] = evaluate(model, held["test"], device, config.amp)
+    except KeyboardInterrupt as error:
+        found["status"], failure = "interrupted", error
+    except DivergedError as error:
+        kept = "the best epoch before is saved" if trainer.best else "nothing is saved"
+        found["status"], failure = "diverged", ValueError(f"{error}: {kept}; a lower --lr or --clip-grad 1 may help")
+
+    found.setdefault("train_seconds", round(time.perf_counter() - began, 2))
+    found["epochs"] = trainer.epoch
+    if trainer.best:
+        found |= {"best_epoch": trainer.best.epoch, "val_accuracy": trainer.best.val_accuracy}
+    if trainer.best or found["status"] != "diverged":
+        found["adapter_file_bytes"] = save(
+            model.eval(), folder.adapter, backbone=backbone.origin, class_names=data.classes, data_config=data_config
+        )
+    found |= {
+        "parameters": {kind: getattr(parameters, kind) for kind in _COUNTS},
+        "images_per_second": round(trainer.images / max(trainer.seconds, 1e-9), 1),
+        "peak_memory_mb": _peak_memory_mb(device),
+        "seed": config.seed,
+        "device": str(device),
+        "versions": _versions(),
+    }
+    folder.write_summary(found)
+    if trainer.rows:
+        folder.write_curves(curves.draw(trainer.rows, found))
+    report.closing(found, backbone, folder)
+    if failure:
+        raise failure
+    return Result(model, found, folder.path)
+
+
+def choose_device(config: Config) -> torch.device:
+    """The device of `Config.device`, checked together with `Config.amp`; `ValueError` where it is not there."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"the device {name!r} is not there: {str(error).splitlines()[0]}") from error
+    if config.amp == "fp16" and device.type != "cuda":
+        raise ValueError(f"--amp fp16 needs a CUDA device, and this is {device}: use bf16 or none")
+    return device
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    """The most memory that was in use (MiB): the GPU's where there is one, else this process's."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "vitadapter_ext": vitadapter_ext.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }

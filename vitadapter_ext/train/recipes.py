@@ -1,0 +1,86 @@
+"""Which settings go together? One table of presets; whatever is given on the command line wins over them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method with its options, and settings of `Config`.
+
+    `by_method` holds what changes when another method is chosen. `source` says where the numbers come from, and
+    `checkpoint` is the timm name of the backbone that they belong to ("" for none, or the embedded one).
+    """
+
+    description: str
+    source: str
+    checkpoint: str = ""
+    method: str = "adapter"
+    options: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    by_method: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+RECIPES = {
+    "embedded": Recipe(
+        description="the default where no --model is given: the embedded small ViT",
+        source="tuned on the validation images of scikit-learn's digits",
+        options={"rank": 8},
+        settings={
+            "epochs": 30,
+            "warmup_epochs": 3,
+            "batch_size": 64,
+            "lr": 5e-3,
+            "weight_decay": 1e-4,
+            "augmentation": "affine",
+            "baselines": True,
+        },
+        by_method={"full": {"lr": 1e-3}},
+    ),
+    "general": Recipe(
+        description="the default with --model",
+        source="the defaults above; full fine-tuning at a tenth of their learning rate",
+        by_method={"full": {"lr": 1e-4}},
+    ),
+    "adapter-plus": Recipe(
+        description="Adapter+, as on VTAB-1k",
+        source="Steitz and Roth, Adapters Strike Back, CVPR 2024, and its published code",
+        checkpoint="vit_base_patch16_224.orig_in21k",
+        options={"rank": 8, "placement": "post", "scale": "channel", "init": "houlsby", "drop_path": 0.1},
+        settings={
+            "epochs": 100,
+            "warmup_epochs": 10,
+            "batch_size": 64,
+            "lr": 1e-3,
+            "weight_decay": 1e-4,
+            "backbone_drop_path": 0.1,
+            "augmentation": "none",
+            "amp": "bf16",
+        },
+    ),
+    "seed-project": Recipe(
+        description="wide adapters with norms trained; its second adapter sat inside the MLP, here after it (houlsby)",
+        source="a student project's ViT-B/16 on Pets, CIFAR-100 and PCAM, with the settings that cured its overfitting",
+        checkpoint="vit_base_patch16_224.orig_in21k",
+        options={
+            "rank": 256,
+            "placement": "houlsby",
+            "activation": "leaky_relu",
+            "scale": 1.0,
+            "dropout": 0.2,
+            "dropout_out": 0.2,
+            "init": "houlsby",
+            "train_norms": True,
+        },
+        settings={
+            "epochs": 30,
+            "warmup_epochs": 1,
+            "batch_size": 64,
+            "optimizer": "adam",
+            "lr": 1e-4,
+            "weight_decay": 0.0,
+            "clip_grad": 1.0,
+            "patience": 10,
+        },
+    ),
+}

@@ -1,0 +1,97 @@
+"""What does a run leave behind? A folder that was empty before, with files that are whole at every moment.
+
+config.yaml           everything needed to run it again
+metrics.csv           a row for each epoch, as it ends
+last.ckpt             where the training stands, for going on
+adapter.safetensors   what was trained, at its best epoch
+summary.json          how well, how large, how fast
+curves.png            losses and accuracies
+"""
+
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._atomic import write_atomically
+
+
+class RunFolder:
+    """A new folder for one run: the one that `out` names, or the next free `runs/<name>-<number>`.
+
+    Raises:
+        ValueError: `out` exists and is not an empty folder.
+        OSError: it cannot be made or written.
+    """
+
+    def __init__(self, out: str | os.PathLike | None, name: str):
+        self._made = True
+        if out is None:
+            self.path = _next_free(re.sub(r"[^\w.-]+", "-", name))
+        else:
+            self.path = Path(out)
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                kind = "is not empty" if self.path.is_dir() else "is not a folder"
+                raise ValueError(f"the output folder {self.path} exists and {kind}: name a new one with --out")
+            self._made = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+        probe = self.path / f".{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+
+    @property
+    def adapter(self) -> Path:
+        """The file of the trained tensors."""
+        return self.path / "adapter.safetensors"
+
+    def discard(self) -> None:
+        """Takes the folder away again, if it was made here and is still empty."""
+        if self._made and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def write_config(self, text: str) -> None:
+        """config.yaml."""
+        write_atomically(self.path / "config.yaml", text.encode())
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        """One more row of metrics.csv; the first one brings the header."""
+        path = self.path / "metrics.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def write_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """last.ckpt, in place of the one of the epoch before."""
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        write_atomically(self.path / "last.ckpt", buffer.getvalue())
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """summary.json."""
+        write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+
+    def write_curves(self, png: bytes) -> None:
+        """curves.png."""
+        write_atomically(self.path / "curves.png", png)
+
+
+def _next_free(name: str) -> Path:
+    for number in itertools.count(1):
+        path = Path("runs") / f"{name}-{number}"
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            if not Path("runs").is_dir():
+                raise
