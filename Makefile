@@ -6,9 +6,11 @@ VENV ?= .venv
 ARGS ?=
 
 BIN := $(VENV)/bin
+# torch looks for ninja on the path.
+export PATH := $(abspath $(BIN)):$(PATH)
 CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test lint format cpp-test figure bench gpu clean
+.PHONY: train test lint format cpp-test figure gpu clean
 
 train: $(VENV)/package
 	$(BIN)/python -m vitadapter_ext.train $(ARGS)
@@ -36,7 +38,8 @@ cpp-test: $(VENV)/tools
 figure: $(VENV)/package
 	$(BIN)/python -m benchmarks.digits
 
-# On a machine with a GPU, with that machine's own Python and torch, without a network; ends with 3 where there is none.
+# On a machine with a GPU, with that machine's own Python and torch, without a network. Where there is no GPU the command
+# says so and ends with 3.
 gpu:
 	$(PYTHON) -m benchmarks.gpu
 
@@ -44,6 +47,8 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info vitadapter_ext/*.so
 
 $(BIN)/python:
+	@command -v "$${CXX:-c++}" > /dev/null || command -v g++ > /dev/null || command -v clang++ > /dev/null || \
+	  (echo "a C++ compiler is needed; on Debian and Ubuntu: apt-get install g++ python3-dev"; false)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  (echo "vitadapter_ext needs Python 3.10 or newer; name one with 'make PYTHON=python3.12 ...'"; false)
 	$(PYTHON) -m venv $(VENV) || \
@@ -60,5 +65,5 @@ $(VENV)/package: setup.py pyproject.toml $(filter csrc/%,$(CPP)) | $(VENV)/requi
 	touch $@
 
 $(VENV)/tools: pyproject.toml $(VENV)/package
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,lint,bench]"
+	$(BIN)/pip install --quiet --group dev
 	touch $@

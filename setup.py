@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -20,8 +21,8 @@ def stop(sentence: str):
     raise SystemExit(f"vitadapter_ext: {sentence}")
 
 
-def find_cxx_compiler() -> str:
-    """The C++ compiler's name; stops with a sentence where there is none."""
+def find_cxx_compiler() -> list[str]:
+    """The C++ compiler's command, as words; stops with a sentence where there is none."""
     wanted = os.environ.get("CXX", "").split()
     compiler = next((name for name in (wanted[:1] or ["c++", "g++", "clang++"]) if shutil.which(name)), None)
     if compiler is None:
@@ -30,7 +31,9 @@ def find_cxx_compiler() -> str:
             f"{missing}; install g++ 11 or newer (Debian, Ubuntu: apt-get install g++; "
             "Fedora: dnf install gcc-c++; conda: conda install gxx)"
         )
-    return compiler
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        stop("Python.h was not found; install Python's headers (Debian, Ubuntu: apt-get install python3-dev)")
+    return wanted or [compiler]
 
 
 def first_line(*command: str) -> str:
@@ -74,8 +77,7 @@ def plan_cuda(torch_cuda: str | None) -> dict[str, str]:
     else:
         home, version = toolkit
         # One list for every machine: 8.6 and 8.9 run the code of 8.0, what is newer than 10.0 compiles the PTX.
-        newest = "10.0+PTX" if tuple(map(int, version.split("."))) >= (12, 8) else "9.0+PTX"
-        default = "8.0;9.0;10.0+PTX" if newest == "10.0+PTX" else "8.0;9.0+PTX"
+        default = "8.0;9.0;10.0+PTX" if tuple(map(int, version.split("."))) >= (12, 8) else "8.0;9.0+PTX"
         return {
             "home": str(home),
             "version": version,
@@ -90,12 +92,12 @@ def package_version() -> str:
     return re.search(r'__version__ = "(.+)"', (HERE / "vitadapter_ext" / "__init__.py").read_text())[1]
 
 
-def write_build_config(torch_version: str, compiler: str, cuda: dict[str, str]) -> Path:
+def write_build_config(torch_version: str, compiler: list[str], cuda: dict[str, str]) -> Path:
     """Writes the header that build_info() reads from; returns its folder."""
     values = {
         "VERSION": package_version(),
         "TORCH_VERSION": torch_version,
-        "CXX_COMPILER": first_line(compiler, "--version"),
+        "CXX_COMPILER": first_line(*compiler, "--version"),
         "CUDA_VERSION": cuda.get("version", ""),
         "CUDA_ARCHITECTURES": cuda.get("architectures", ""),
         "CUDA_TOOLKIT": cuda.get("home", ""),
@@ -122,6 +124,7 @@ def extensions() -> dict:
         stop(f"torch is {torch.__version__}; {'.'.join(map(str, MINIMUM_TORCH))} or newer is needed")
     compiler = find_cxx_compiler()
     cuda = plan_cuda(torch.version.cuda)
+    os.environ["CXX"] = " ".join(compiler)  # or torch and setuptools would each look for one of their own
     config = write_build_config(torch.__version__, compiler, cuda)
     if "off" in cuda:
         print(f"vitadapter_ext: CPU kernels only: {cuda['off']}")

@@ -5,6 +5,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+from vitadapter_ext import build_info
+
 WEIGHTS = ["vitadapter_ext/assets/embedded_vit.safetensors", "vitadapter_ext/assets/embedded_vit.sha256"]
 SOURCES = ["csrc/common/adapter.h", "csrc/cuda/adapter_simple.cu", "CMakeLists.txt", "Makefile", "pyproject.toml"]
 LIMIT_MB = 10
@@ -15,7 +17,10 @@ def main(archive: Path) -> None:
         with zipfile.ZipFile(archive) as wheel:
             names = wheel.namelist()
         required, forbidden = WEIGHTS, ("csrc/", "tests/", "benchmarks/")
-        assert any(name.startswith("vitadapter_ext/_C") for name in names), "the wheel lacks the library _C"
+        libraries = ["_C", "_cuda"] if build_info()["cuda_version"] else ["_C"]
+        for library in libraries:
+            found = any(name.startswith(f"vitadapter_ext/{library}.") for name in names)
+            assert found, f"the wheel lacks the library {library}"
     else:
         with tarfile.open(archive) as tar:
             names = [name.split("/", 1)[-1] for name in tar.getnames()]

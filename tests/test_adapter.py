@@ -3,13 +3,15 @@
 import copy
 import importlib
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import assert_as_good_as_eager
+from tests.conftest import assert_as_good_as_eager, no_gpu
 from vitadapter_ext import FusedAdapter, reference
 from vitadapter_ext.ops import adapter
 from vitadapter_ext.ops.adapter import ACTIVATIONS
@@ -178,8 +180,13 @@ def test_activations_are_as_accurate_as_eager(device, dtype, activation):
     check_accuracy((64, 80), 16, device, default=dtype, draws=10, activation=activation)
 
 
-def test_many_rows_lose_no_accuracy(device):
-    check_accuracy((20_000, 48), 4, device, residual=False)
+@pytest.mark.parametrize(
+    ("shape", "rank"),
+    [((20_000, 48), 4), ((256, 1536), 16), ((256, 3072), 8), ((64, 96), 768)],
+    ids=["rows", "dim 1536", "dim 3072", "rank 768"],
+)
+def test_long_sums_lose_no_accuracy(device, shape, rank):
+    check_accuracy(shape, rank, device, draws=4, residual=False)
 
 
 def test_every_float16_and_bfloat16_is_read_and_written_exactly(device):
@@ -252,11 +259,20 @@ def test_double_backward_is_refused_clearly():
         gx.sum().backward()
 
 
+def test_forward_mode_is_refused_clearly():
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        arguments = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in make().items()}
+        arguments["x"] = torch.autograd.forward_ad.make_dual(arguments["x"], torch.ones(2, 5, 24).double())
+        with pytest.raises(NotImplementedError, match="jvp"):
+            adapter(**arguments)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_compiles_without_a_graph_break(device, dropout):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(device, dropout, dynamic):
     module = FusedAdapter(24, 5, scale="channel", dropout=dropout, drop_path=dropout, init="bert").to(device)
     twin = copy.deepcopy(module)
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic)
     x = torch.randn(3, 7, 24, device=device)
     out = compiled(x)
     out.square().sum().backward()
@@ -347,12 +363,14 @@ def test_rank_zero_leaves_residual_and_scaled_bias(device):
 
 
 def test_nan_and_infinity_pass_through(device):
-    x = torch.zeros(5, 16, device=device)
+    x, residual = torch.zeros(5, 16, device=device), torch.zeros(5, 16, device=device)
     x[1, 3], x[3, 0] = float("nan"), float("inf")
     for activation in ACTIVATIONS:
-        y = FusedAdapter(16, 4, activation, init="bert").to(device)(x)
+        module = FusedAdapter(16, 4, activation, init="bert").to(device)
+        module.down.weight.data.abs_()
+        y = module(x, residual)
         assert y[1].isnan().all(), activation
-        assert not y[3].isfinite().all()
+        assert not y[3].isfinite().any(), activation
         assert y[[0, 2, 4]].isfinite().all()
 
 
@@ -372,11 +390,11 @@ BAD = {
     r"x has shape \(\); expected \(..., dim\)": refusal(x=torch.ones(()).double(), residual=None),
     "down is float32 and x is float64; float64 cannot be mixed": refusal(down=torch.ones(3, 24)),
     "residual is float32 and x is float64": refusal(residual=torch.ones(2, 5, 24)),
-    "up has a dtype that is not float32": refusal(up=torch.ones(24, 3, dtype=torch.int64)),
+    "up is int64; float32, bfloat16, float16 and float64 are accepted": refusal(up=torch.ones(24, 3).long()),
     r"dropout is 1; it must be a probability in \[0, 1\)": refusal(dropout=1.0),
     r"drop_path is -0.5": refusal(drop_path=-0.5),
-    r"seed has shape \(2,\)": refusal(dropout=0.5, seed=torch.zeros(2, dtype=torch.int64)),
-    "seed must be int64": refusal(dropout=0.5, seed=torch.zeros(1)),
+    r"seed is int64 of shape \(2,\); expected int64 of shape \(1,\)": refusal(dropout=0.5, seed=torch.zeros(2).long()),
+    "seed is float32 of shape": refusal(dropout=0.5, seed=torch.zeros(1)),
     "the compute dtype is bfloat16 and x is float64": refusal(compute_dtype=torch.bfloat16),
 }  # fmt: skip
 
@@ -404,6 +422,81 @@ def test_a_device_without_kernels_gets_the_reference_with_one_warning(monkeypatc
         adapter(**arguments)
     assert len(caught) == 1
     assert torch.equal(y, reference.adapter(**arguments))
+
+
+def test_without_kernels_the_op_still_compiles_checks_and_ignores_autocast(monkeypatch):
+    ops = importlib.import_module("vitadapter_ext.ops.adapter")
+    monkeypatch.setattr(ops, "has_kernels", lambda device: False)
+    module = FusedAdapter(24, 5, scale="channel", init="bert")
+    x = torch.randn(3, 7, 24)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))
+    with pytest.raises(RuntimeError, match=r"residual has shape \(7, 24\); expected \(3, 7, 24\)"):
+        module(x, x[0])
+    with pytest.raises(RuntimeError, match="a dropout probability is 1"):
+        adapter(x, module.down.weight, module.up.weight, dropout=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = module(x)
+    expected = adapter(x, **{k: v.detach() for k, v in {"down": module.down.weight, "up": module.up.weight}.items()},
+                       scale=module.scale, compute_dtype=torch.bfloat16)  # fmt: skip
+    assert torch.equal(low, expected)
+
+
+def test_tf32_is_read_whichever_way_it_was_set():
+    ops = importlib.import_module("vitadapter_ext.ops.adapter")
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        for allowed in (True, False):
+            matmul.allow_tf32 = allowed
+            assert ops._allow_tf32() is allowed
+        code = (
+            "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'; import importlib; "
+            "assert importlib.import_module('vitadapter_ext.ops.adapter')._allow_tf32() is True"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+    finally:
+        matmul.allow_tf32 = before
+
+
+def test_float16_subnormals_survive_flushing_of_float32_ones():
+    x = torch.full((1, 4), 2.0**-20, dtype=torch.float16)
+    empty = torch.empty(0, 4), torch.empty(4, 0)
+    assert torch.set_flush_denormal(True)
+    try:
+        assert torch.equal(adapter(x, *empty, residual=x.float() * 0 + 2.0**-20), torch.full((1, 4), 2.0**-20))
+        assert torch.equal(adapter(torch.zeros(1, 4), *empty, residual=x), torch.full((1, 4), 2.0**-20))
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.cuda
+@no_gpu
+def test_cuda_graphs_streams_and_repeated_runs_give_the_same_bits():
+    arguments = make((2, 65, 48), 5, dtype=torch.float32, device="cuda", residual=False)
+    grad = torch.randn(2, 65, 48, device="cuda")
+    expected = run(adapter, arguments, grad)
+    for _ in range(3):
+        assert all(torch.equal(value, expected[name]) for name, value in run(adapter, arguments, grad).items())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        on_side = run(adapter, arguments, grad)
+    side.synchronize()
+    assert all(torch.equal(value, expected[name]) for name, value in on_side.items())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(adapter, arguments, grad)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(value, expected[name]) for name, value in captured.items())
+
+
+@pytest.mark.cuda
+@no_gpu
+def test_a_parameter_on_another_device_is_refused():
+    x = torch.randn(2, 24, device="cuda")
+    with pytest.raises(RuntimeError, match="down and x are on different devices"):
+        adapter(x, torch.randn(3, 24), torch.randn(24, 3, device="cuda"))
 
 
 def test_fake_tensors_have_the_right_shapes_and_dtypes():

@@ -11,9 +11,9 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     Raises:
         OSError: with the path in it, after the temporary file is gone.
     """
-    path, temporary = Path(path), None
+    path, temporary = Path(os.path.realpath(path)), None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=".vitadapter-", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()

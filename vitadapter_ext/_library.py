@@ -11,7 +11,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"vitadapter_ext's compiled library cannot be loaded ({error}); "
-        "install the package with 'pip install .' from its source folder"
+        "in its source folder run 'pip install -e .', elsewhere 'pip install' the folder"
     ) from error
 
 
@@ -24,13 +24,11 @@ def _load_cuda() -> str:
         return f"built for CUDA {built}, but this torch {torch.__version__} is a build without CUDA"
     if torch.version.cuda.split(".")[0] != built.split(".")[0]:
         return f"built for CUDA {built}, but this torch {torch.__version__} is a build for CUDA {torch.version.cuda}"
-    libraries = sorted(Path(__file__).parent.glob("_cuda*.so"))
-    if not libraries:
-        return "the file _cuda*.so is missing from the package's folder; install the package again"
+    library = Path(_C.__file__).with_name(Path(_C.__file__).name.replace("_C", "_cuda", 1))
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(str(library))
     except OSError as error:
-        return f"{libraries[0].name} cannot be loaded: {error}"
+        return f"{library.name} cannot be loaded: {error.__cause__ or error}"
     return ""
 
 

@@ -6,13 +6,25 @@
 
 #include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "../common/adapter.h"
 
+// PyTorch's own check puts the source file's path into the sentence. The words are made only where the check fails.
+#define VA_CHECK(holds, ...) \
+  if (!(holds)) throw std::runtime_error(::vitadapter::bind::joined(__VA_ARGS__))
+
 namespace vitadapter::bind {
+
+template <typename... Parts>
+std::string joined(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -24,7 +36,11 @@ inline std::string text(ScalarType type) {
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Half: return "float16";
     case ScalarType::Double: return "float64";
-    default: return "a dtype that is not float32, bfloat16, float16 or float64";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    default: return "of another dtype";
   }
 }
 
@@ -88,8 +104,8 @@ inline void check_shape(NamedTensor named, const std::vector<int64_t>& expected,
   for (size_t i = 0; fits && i < expected.size(); ++i) fits = named.tensor.size(i) == expected[i];
   std::ostringstream wanted;
   for (size_t i = 0; i < expected.size(); ++i) wanted << (i ? ", " : "") << expected[i];
-  STD_TORCH_CHECK(fits, "adapter: ", named.name, " has shape ", shape_text(named.tensor), "; expected ", meaning,
-                  " = (", wanted.str(), expected.size() == 1 ? ",)" : ")");
+  VA_CHECK(fits, "adapter: ", named.name, " has shape ", shape_text(named.tensor), "; expected ", meaning, " = (",
+           wanted.str(), expected.size() == 1 ? ",)" : ")");
 }
 
 // Every tensor on x's device, and all float64 or a mix of float32 and one low dtype.
@@ -99,29 +115,30 @@ inline void check_devices_and_dtypes(const std::vector<NamedTensor>& tensors, Sc
   auto check_dtype = [&](const char* name, ScalarType type) {
     const bool known = type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
                        type == ScalarType::Double;
-    STD_TORCH_CHECK(known, "adapter: ", name, " has ", text(type));
-    STD_TORCH_CHECK(is_wide(type) == is_wide(x.scalar_type()), "adapter: ", name, " is ", text(type), " and x is ",
-                    text(x.scalar_type()), "; float64 cannot be mixed with another dtype");
+    VA_CHECK(known, "adapter: ", name, " is ", text(type), "; float32, bfloat16, float16 and float64 are accepted");
+    VA_CHECK(is_wide(type) == is_wide(x.scalar_type()), "adapter: ", name, " is ", text(type), " and x is ",
+             text(x.scalar_type()), "; float64 cannot be mixed with another dtype");
     if (is_wide(type) || type == ScalarType::Float) return;
-    STD_TORCH_CHECK(low == ScalarType::Float || low == type, "adapter: ", name, " is ", text(type),
-                    " beside a tensor or compute dtype of ", text(low), "; float32 mixes with one of them only");
+    VA_CHECK(low == ScalarType::Float || low == type, "adapter: ", name, " is ", text(type),
+             " beside a tensor or compute dtype of ", text(low), "; float32 mixes with one of them only");
     low = type;
   };
   for (const NamedTensor& each : tensors) {
-    STD_TORCH_CHECK(each.tensor.device() == x.device(), "adapter: ", each.name, " and x are on different devices");
+    VA_CHECK(each.tensor.device() == x.device(), "adapter: ", each.name, " and x are on different devices");
     check_dtype(each.name, each.tensor.scalar_type());
   }
   check_dtype("the compute dtype", compute);
 }
 
 inline void check_probability(const char* name, double p) {
-  STD_TORCH_CHECK(p >= 0 && p < 1, "adapter: ", name, " is ", p, "; it must be a probability in [0, 1)");
+  VA_CHECK(p >= 0 && p < 1, "adapter: ", name, " is ", p, "; it must be a probability in [0, 1)");
 }
 
-inline void check(const AdapterArguments& a) {
-  STD_TORCH_CHECK(a.x.dim() >= 1 && a.x.size(a.x.dim() - 1) >= 1, "adapter: x has shape ", shape_text(a.x),
-                  "; expected (..., dim) with dim of at least 1");
-  STD_TORCH_CHECK(a.down.dim() == 2, "adapter: down has shape ", shape_text(a.down), "; expected (rank, dim)");
+// `others` are tensors beside the shared ones, whose shapes the caller checks.
+inline void check(const AdapterArguments& a, const std::vector<NamedTensor>& others) {
+  VA_CHECK(a.x.dim() >= 1 && a.x.size(a.x.dim() - 1) >= 1, "adapter: x has shape ", shape_text(a.x),
+           "; expected (..., dim) with dim of at least 1");
+  VA_CHECK(a.down.dim() == 2, "adapter: down has shape ", shape_text(a.down), "; expected (rank, dim)");
   check_shape({"down", a.down}, {a.rank(), a.dim()}, "(rank, dim)");
   check_shape({"up", a.up}, {a.dim(), a.rank()}, "(dim, rank)");
   std::vector<NamedTensor> tensors{{"x", a.x}, {"down", a.down}, {"up", a.up}};
@@ -135,21 +152,20 @@ inline void check(const AdapterArguments& a) {
   }
   if (a.scale) {
     const bool fits = a.scale->dim() == 1 && (a.scale->size(0) == 1 || a.scale->size(0) == a.dim());
-    STD_TORCH_CHECK(fits, "adapter: scale has shape ", shape_text(*a.scale), "; expected (1,) or (dim,) = (", a.dim(),
-                    ",)");
+    VA_CHECK(fits, "adapter: scale has shape ", shape_text(*a.scale), "; expected (1,) or (dim,) = (", a.dim(), ",)");
     tensors.push_back({"scale", *a.scale});
   }
+  for (const NamedTensor& each : others) tensors.push_back(each);
   check_devices_and_dtypes(tensors, a.compute);
-  STD_TORCH_CHECK(a.activation >= 0 && a.activation < kActivations, "adapter: there is no activation number ",
-                  a.activation);
+  VA_CHECK(a.activation >= 0 && a.activation < kActivations, "adapter: there is no activation number ", a.activation);
   check_probability("dropout", a.dropout);
   check_probability("dropout_out", a.dropout_out);
   check_probability("drop_path", a.drop_path);
   if (a.dropout > 0 || a.dropout_out > 0 || a.drop_path > 0) {
-    STD_TORCH_CHECK(a.seed, "adapter: dropout needs a seed");
-    check_shape({"seed", *a.seed}, {1}, "(1,)");
-    STD_TORCH_CHECK(a.seed->scalar_type() == ScalarType::Long && a.seed->device() == a.x.device(),
-                    "adapter: seed must be int64 on x's device");
+    VA_CHECK(a.seed, "adapter: dropout needs a seed");
+    const bool fits = a.seed->dim() == 1 && a.seed->size(0) == 1 && a.seed->scalar_type() == ScalarType::Long;
+    VA_CHECK(fits && a.seed->device() == a.x.device(), "adapter: seed is ", text(a.seed->scalar_type()), " of shape ",
+             shape_text(*a.seed), "; expected int64 of shape (1,) on x's device");
   }
 }
 
@@ -194,13 +210,14 @@ std::tuple<Tensor, Tensor> adapter_forward(Tensor x, OptionalTensor residual, Te
                                            double drop_path, ScalarType compute, bool allow_tf32, bool save_hidden) {
   AdapterArguments a{x,           down,       down_bias, up,          up_bias,   scale,   seed,
                      scale_value, activation, dropout,   dropout_out, drop_path, compute, allow_tf32};
-  check(a);
+  std::vector<NamedTensor> others;
   if (residual) {
     bool fits = residual->dim() == x.dim();
     for (int64_t i = 0; fits && i < x.dim(); ++i) fits = residual->size(i) == x.size(i);
-    STD_TORCH_CHECK(fits, "adapter: residual has shape ", shape_text(*residual), "; expected x's, ", shape_text(x));
-    check_devices_and_dtypes({{"x", x}, {"down", down}, {"residual", *residual}}, compute);
+    VA_CHECK(fits, "adapter: residual has shape ", shape_text(*residual), "; expected x's, ", shape_text(x));
+    others.push_back({"residual", *residual});
   }
+  check(a, others);
   a = packed(a);
   const Tensor base = residual ? packed(*residual) : a.x;
   Tensor y = torch::stable::new_empty(a.x, a.x.sizes(), promoted(a.x.scalar_type(), base.scalar_type()));
@@ -229,9 +246,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
     double dropout, double dropout_out, double drop_path, ScalarType compute, bool allow_tf32, int64_t needs) {
   AdapterArguments a{x,           down,       down_bias, up,          up_bias,   scale,   seed,
                      scale_value, activation, dropout,   dropout_out, drop_path, compute, allow_tf32};
-  check(a);
-  check_devices_and_dtypes({{"x", x}, {"grad", grad}, {"hidden", hidden}}, compute);
-  STD_TORCH_CHECK(
+  check(a, {{"grad", grad}, {"hidden", hidden}});
+  VA_CHECK(
       grad.numel() == x.numel() && hidden.numel() == a.rows() * a.rank() && hidden.scalar_type() == hidden_dtype(x),
       "adapter: grad has shape ", shape_text(grad), " and hidden ", text(hidden.scalar_type()), " ", shape_text(hidden),
       "; expected those of the forward pass");

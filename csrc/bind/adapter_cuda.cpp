@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 
 #include "../cuda/adapter.h"
 #include "adapter.h"
@@ -12,7 +13,7 @@ namespace {
 
 cuda::Stream current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return stream;
 }
 

@@ -1,5 +1,5 @@
 // How is an element of a tensor read and written? Kernels see raw pointers with a dtype beside them; the conversions
-// are plain integer arithmetic, so that the host and every GPU give the same bits.
+// are our own, so that the host and every GPU give the same bits.
 #pragma once
 
 #include <cstdint>
@@ -55,8 +55,9 @@ VA_HOST_DEVICE inline uint16_t to_bfloat16(float value) {
 VA_HOST_DEVICE inline float from_float16(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000u) << 16, magnitude = half & 0x7fffu;
   if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // Moved into float32's exponent field, the value is 2^112 too small, subnormals included.
-  return float_of(sign | bits_of(float_of(magnitude << 13) * float_of(0x77800000u)));
+  // A subnormal counts steps of 2^-24. No float32 subnormal may come in between: the processor may flush those to 0.
+  if (magnitude < 0x400u) return float_of(sign | bits_of(float(magnitude) * 0x1p-24f));
+  return float_of(sign | ((magnitude << 13) + 0x38000000u));
 }
 
 // Rounds to nearest, ties to even; what is above 65504 by half a step or more becomes infinite.

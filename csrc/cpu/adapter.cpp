@@ -17,14 +17,17 @@ namespace {
 constexpr int64_t kBlockRows = 32;
 // Panels are padded with zeros to this many columns, so that no inner loop has a tail.
 constexpr int64_t kLanes = 8;
-// A chunk has its own panels of weight gradients, so it must have rows enough to pay for adding them up; all panels
-// together stay below 16 MB.
+// Terms of a product that are added up in registers.
+constexpr int64_t kRun = 128;
+// A chunk has its own panels of weight gradients, so it must have rows enough to pay for adding them up. All panels
+// together stay below 16 MB, or there is one chunk (and so one thread) only.
 constexpr int64_t kMinBlocksPerChunk = 8, kPartialBytes = 16 << 20, kMaxChunks = 64;
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 int64_t blocks_of(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 
-// C(m, n) += A(m, k) · B(k, n): A by any strides, n padded. One tile of C stays in registers over all of k.
+// C(m, n) += A(m, k) · B(k, n): A by any strides, n padded. One tile of C stays in registers over a run of k; longer
+// sums in one chain of float32 would be less exact than the library's products.
 template <int kRows, typename T>
 void product_rows(int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t ldb, T* c,
                   int64_t ldc) {
@@ -46,9 +49,14 @@ void product_rows(int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col
 template <typename T>
 void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t ldb,
              T* c, int64_t ldc) {
-  int64_t i = 0;
-  for (; i + 4 <= m; i += 4) product_rows<4>(n, k, a + i * a_row, a_row, a_column, b, ldb, c + i * ldc, ldc);
-  for (; i < m; ++i) product_rows<1>(n, k, a + i * a_row, a_row, a_column, b, ldb, c + i * ldc, ldc);
+  for (int64_t p = 0; p < k; p += kRun) {
+    const int64_t run = std::min(kRun, k - p);
+    const T *a_run = a + p * a_column, *b_run = b + p * ldb;
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4)
+      product_rows<4>(n, run, a_run + i * a_row, a_row, a_column, b_run, ldb, c + i * ldc, ldc);
+    for (; i < m; ++i) product_rows<1>(n, run, a_run + i * a_row, a_row, a_column, b_run, ldb, c + i * ldc, ldc);
+  }
 }
 
 // A (rows, columns) matrix of T with padded rows, zero at first.
@@ -226,12 +234,12 @@ void write_parameter_gradients(const AdapterBackward& p, const Panel<T>& up, con
     for (int64_t j = 0; j < p.rank; ++j) write(p.down_grad, j * p.dim, p.dim, sum.down_grad.row(j));
   }
   if (p.down_bias_grad.data) write(p.down_bias_grad, 0, p.rank, sum.hidden_grad_sum.data());
-  T scalar_grad = 0;
+  double scalar_grad = 0;
   for (int64_t d = 0; d < p.dim; ++d) {
-    T channel_grad = up_bias[d] * sum.grad_sum[d];
+    double channel_grad = double(up_bias[d]) * sum.grad_sum[d];
     for (int64_t j = 0; j < p.rank && p.needs_up_product(); ++j) {
       const T product = sum.up_product.row(j)[d];
-      channel_grad += up.row(d)[j] * product;
+      channel_grad += double(up.row(d)[j]) * product;
       if (p.up_grad.data) store(p.up_grad, d * p.rank + j, scale[d] * product);
     }
     if (p.up_bias_grad.data) store(p.up_bias_grad, d, scale[d] * sum.grad_sum[d]);

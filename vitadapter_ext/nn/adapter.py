@@ -142,7 +142,7 @@ class FusedAdapter(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        scale = {0: self.scale, 1: "scalar"}.get(getattr(self.scale, "numel", int)(), "channel")
+        scale = f"learned {tuple(self.scale.shape)}" if isinstance(self.scale, Tensor) else self.scale
         return (
             f"activation={self.activation}, scale={scale}, dropout={self.dropout}, "
             f"dropout_out={self.dropout_out}, drop_path={self.drop_path}, init={self.init}"

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import reference
 from .._library import has_kernels, warn_without_kernels
@@ -9,7 +10,6 @@ from .._text import unknown
 
 # The kernels know an activation by its place in this tuple (csrc/common/activation.h).
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "leaky_relu", "silu", "identity")
-_ACTIVATION_INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
 
 _forward = torch.ops.vitadapter.adapter_forward.default
 _backward = torch.ops.vitadapter.adapter_backward.default
@@ -56,7 +56,7 @@ def adapter(
         ValueError: an unknown activation.
         RuntimeError: shapes, dtypes, devices or probabilities that do not fit, saying what was given.
     """
-    if activation not in _ACTIVATION_INDEX:
+    if activation not in ACTIVATIONS:
         raise unknown("activation", activation, ACTIVATIONS)
     if compute_dtype is None:
         compute_dtype = _compute_dtype(x)
@@ -64,20 +64,33 @@ def adapter(
         seed = torch.randint(2**63 - 1, (1,), device=x.device)
     device = x.device.type
     if not has_kernels(device):
-        warn_without_kernels(device)
-        return reference.adapter(
-            x, down, up, down_bias=down_bias, up_bias=up_bias, scale=scale, residual=residual, activation=activation,
-            dropout=dropout, dropout_out=dropout_out, drop_path=drop_path, seed=seed, compute_dtype=compute_dtype,
-        )  # fmt: skip
+        if not torch.compiler.is_compiling():
+            warn_without_kernels(device)
+        _check(x, residual, down, down_bias, up, up_bias, scale, (dropout, dropout_out, drop_path))
+        with torch.autocast(device, enabled=False):
+            return reference.adapter(
+                x, down, up, down_bias=down_bias, up_bias=up_bias, scale=scale, residual=residual,
+                activation=activation, dropout=dropout, dropout_out=dropout_out, drop_path=drop_path, seed=seed,
+                compute_dtype=compute_dtype,
+            )  # fmt: skip
     scale, scale_value = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
     tensors = (x, residual, down, down_bias, up, up_bias, scale, seed)
-    allow_tf32 = device == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    allow_tf32 = device == "cuda" and _allow_tf32()
     settings = (
-        scale_value, _ACTIVATION_INDEX[activation], dropout, dropout_out, drop_path, compute_dtype, allow_tf32
+        scale_value, ACTIVATIONS.index(activation), dropout, dropout_out, drop_path, compute_dtype, allow_tf32
     )  # fmt: skip
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # Forward-mode differentiation goes the same way: there is none, and the Function says so where the op would not.
+    if needs_grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0):
         return _Adapter.apply(*tensors, settings)
     return _forward(*tensors, *settings, False)[0]
+
+
+def _allow_tf32() -> bool:
+    try:
+        return torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # it was set through torch's newer name for it, which torch.compile cannot read
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -132,9 +145,27 @@ class _AdapterGrad(torch.autograd.Function):
         )
 
 
+def _check(x, residual, down, down_bias, up, up_bias, scale, probabilities) -> None:
+    """What the kernels check (csrc/bind/adapter.h), for where none runs: fake tensors, and devices without kernels."""
+    rank, dim = down.shape[0], x.shape[-1]
+    expected = {
+        "down": (down, (rank, dim)), "up": (up, (dim, rank)), "down_bias": (down_bias, (rank,)),
+        "up_bias": (up_bias, (dim,)), "residual": (residual, tuple(x.shape)),
+    }  # fmt: skip
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise RuntimeError(f"adapter: {name} has shape {tuple(tensor.shape)}; expected {shape}")
+    if isinstance(scale, Tensor) and tuple(scale.shape) not in ((1,), (dim,)):
+        raise RuntimeError(f"adapter: scale has shape {tuple(scale.shape)}; expected (1,) or {(dim,)}")
+    for p in probabilities:
+        if not 0 <= p < 1:
+            raise RuntimeError(f"adapter: a dropout probability is {p}; it must be in [0, 1)")
+
+
 @torch.library.register_fake("vitadapter::adapter_forward")
 def _(x, residual, down, down_bias, up, up_bias, scale, seed, scale_value, activation, dropout, dropout_out, drop_path,
       compute_dtype, allow_tf32, save_hidden):  # fmt: skip
+    _check(x, residual, down, down_bias, up, up_bias, scale, (dropout, dropout_out, drop_path))
     y_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     hidden_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     hidden_shape = (*x.shape[:-1], down.shape[0]) if save_hidden else (0,)
