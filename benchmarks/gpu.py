@@ -1,6 +1,8 @@
 """What does a machine with a GPU say? `make gpu`: builds for the GPU that is there, runs the `cuda` tests and
-compute-sanitizer, takes first timings, and writes all that to `benchmarks/results/`. Needs no network. Ends with 0; with 1
-where the build or a test failed; without a GPU with 3, of which make itself makes its own 2."""
+compute-sanitizer, takes first timings, and writes all that to `benchmarks/results/`; no network is needed.
+
+Ends with 0; with 1 where the build or a test failed; without a GPU with 3, of which make itself makes its own 2.
+"""
 
 import datetime
 import json
