@@ -105,10 +105,19 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     parameters = {name: model.get_parameter(name) for name in record.originals}
     trained = {name: p.data for name, p in parameters.items()}
     adapted = {name: type(model.get_submodule(name)) for name in record.classes}
+    # torch.compile before 2.12 does not see a changed class, but does see that an attribute which it has read is gone.
+    attributes = [
+        (module.__dict__, name, module.__dict__[name])
+        for module, names in ((model.get_submodule(owner), added) for owner, added in record.added.items())
+        for name in names
+        if name in module.__dict__
+    ]
     try:
         record.disabled = True
         for name, cls in record.classes.items():
             model.get_submodule(name).__class__ = cls
+        for owner, name, _ in attributes:
+            del owner[name]
         for name, p in parameters.items():
             # Through .data, so that a graph built before still has its backward afterwards.
             p.data = record.originals[name].to(p.device, p.dtype)
@@ -118,6 +127,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             p.data = trained[name]
         for name, cls in adapted.items():
             model.get_submodule(name).__class__ = cls
+        for owner, name, value in attributes:
+            owner[name] = value
         record.disabled = False
 
 

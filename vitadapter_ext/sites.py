@@ -1,7 +1,8 @@
 """Where do methods attach? A table from the exact class of a timm module to the adapted subclass that takes its place.
 
 `module.__class__ = ADAPTED_BLOCKS[type(module)]` keeps the module's identity, names and weights: no wrapper and no hook
-enters the path, so state dicts, pickle, deepcopy, `torch.compile` and export see an ordinary timm model.
+enters the path, so state dicts, pickle, deepcopy, `torch.compile` and export see an ordinary timm model. An adapted
+forward reads a plain attribute that the method has set (here the joins): that is how a compiled model sees `disabled`.
 """
 
 from timm.models.vision_transformer import Block
