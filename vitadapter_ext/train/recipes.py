@@ -35,7 +35,7 @@ RECIPES = {
             "augmentation": "affine",
             "baselines": True,
         },
-        by_method={"full": {"lr": 1e-3}},
+        by_method={"full": {"lr": 5e-4}},
     ),
     "general": Recipe(
         description="the default with --model",
