@@ -101,6 +101,14 @@ def test_disabled_ends_after_an_exception():
     assert structure(model) == shape
 
 
+def test_what_is_written_inside_disabled_does_not_reach_the_originals():
+    model = va.attach(make(), va.BitFit())
+    before = model.norm.bias.detach().clone()
+    with va.disabled(model):
+        model.norm.bias.data.add_(1.0)
+    assert torch.equal(va.detach(model).norm.bias, before)
+
+
 def test_a_graph_from_before_disabled_has_its_backward_after_it():
     model = va.attach(make(), va.FullFineTune())
     loss = model(images(model)).sum()

@@ -142,6 +142,9 @@ def test_pretraining_learns_its_first_glyphs(tmp_path):
         (["--glyphs", "0"], "glyphs must be a positive number, got 0"),
         (["--epochs", "-1"], "epochs must be a positive number, got -1"),
         (["--lr", "1e999"], "lr must be a positive number, got inf"),
+        (["--weight-decay", "-1"], "weight_decay must be 0 or a positive number, got -1.0"),
+        (["--label-smoothing", "2"], "label_smoothing must be at least 0 and below 1, got 2.0"),
+        (["--seed", "99999999999999999999"], "seed must be from 0 to 2^63 - 2, got 99999999999999999999"),
         (["--epochs", "many"], "--epochs takes a whole number, got 'many'"),
         (["--epoch", "3"], "unknown argument '--epoch': did you mean --epochs? --help lists what there is"),
     ],
@@ -157,6 +160,13 @@ def test_a_folder_that_cannot_be_made_is_named_before_training(tmp_path, capsys)
     (tmp_path / "file").touch()
     assert cli.run(pretrain.main, ["--out", str(tmp_path / "file" / "folder")]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'file' / 'folder'}: Not a directory\n"
+
+
+def test_files_that_are_there_are_left_alone(tmp_path, capsys):
+    (tmp_path / "embedded_vit.safetensors").write_text("mine")
+    assert cli.run(pretrain.main, ["--out", str(tmp_path)]) == 2
+    assert "exists: name a new folder with --out" in capsys.readouterr().err
+    assert (tmp_path / "embedded_vit.safetensors").read_text() == "mine"
 
 
 def test_ctrl_c_ends_with_130_and_no_file(tmp_path, monkeypatch, capsys):

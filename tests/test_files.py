@@ -218,6 +218,25 @@ def test_half_precision_backbones_match(tmp_path, architecture, dtype):
     va.load(make(architecture).to(dtype).float(), tmp_path / "file")
 
 
+def test_a_backbone_that_differs_a_little_is_another_one(saved):
+    noisy, shifted = make(), make()
+    with torch.no_grad():
+        for p in noisy.parameters():
+            p.mul_(1 + 1e-3 * torch.randn_like(p))
+        shifted.blocks[0].mlp.fc1.weight[1, 1] += 0.05
+    for other in (noisy, shifted):
+        assert_refused(saved, "is another one: the weights of", other)
+
+
+def test_overwriting_keeps_the_permissions_and_follows_a_link(tmp_path):
+    target, link = tmp_path / "file", tmp_path / "link"
+    va.save(trained(), target)
+    target.chmod(0o600)
+    link.symlink_to(target)
+    va.save(trained(), link)
+    assert link.is_symlink() and target.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_file_saved_from_half_precision(tmp_path):
     model = trained().half()
     va.save(model, tmp_path / "file")
@@ -329,11 +348,11 @@ HEAD, DOWN = "head.head.weight", "adapter.blocks.0.adapter_mlp.down.weight"
         (
             lambda m: m | {"num_classes": 6},
             None,
-            "its head.head.weight is torch.float32 (5, 48) where (6, 48) is needed",
+            "is damaged: it speaks of 6 classes, but its head has others",
         ),
-        (lambda m: m | {"num_classes": -1}, None, "does not fit"),
+        (lambda m: m | {"num_classes": -1}, None, "is damaged: it speaks of -1 classes"),
         (lambda m: m | {"fields": {"rank": 10**30}}, without(DOWN), "does not fit"),
-        (lambda m: m | {"num_classes": 10**30}, None, "does not fit"),
+        (lambda m: m | {"num_classes": 10**30}, None, "is damaged: it speaks of 10"),
         (lambda m: m | {"fingerprint": {}}, None, "it has the additional tensor"),
         (lambda m: m | {"fingerprint": {"norm.weight": {"shape": 3}}}, None, "is damaged"),
         (lambda m: m | {"class_names": 3}, None, "is damaged"),

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,7 +116,14 @@ BAD = {
     "--amp fp8": "known: bf16, fp16, none",
     "--amp fp16 --device cpu": "--amp fp16 needs a CUDA device",
     "--augmentation flip": "unknown augmentation",
-    "--device gpu": "the device 'gpu' is not there",
+    "--device gpu": "unknown device 'gpu'",
+    "--device meta": "unknown device 'meta'",
+    "--device cuda:99": "the device 'cuda:99' is not there",
+    "--optimizer adamx": "unknown optimizer 'adamx': did you mean 'adamax'?",
+    "--optimizer adahessian": "needs second derivatives",
+    "--weight-decay 1e999": "--weight-decay must be 0 or more, got inf",
+    "--data None": "the data folder None does not exist",
+    "--data=": "--data must be a name, not an empty word",
     "--seed -1": "--seed must be from 0",
 }
 
@@ -128,6 +136,20 @@ def test_bad_input_is_one_sentence_and_exit_code_2(command, tmp_path, monkeypatc
     assert err.startswith("error: ") and err.count("\n") == 1 and BAD[argv] in err
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_settings_from_python_are_checked_like_flags(tmp_path):
+    assert configure(data=tmp_path / "pictures", out=tmp_path).data == str(tmp_path / "pictures")
+    with pytest.raises(ValueError, match="--epochs takes a whole number, got 1.5"):
+        configure(epochs=1.5)
+    with pytest.raises(ValueError, match="--rank takes a whole number, got True"):
+        configure(rank=True)
+    assert Config.from_yaml(configure(data=tmp_path, lr=1).to_yaml()) == configure(data=str(tmp_path), lr=1.0)
+
+
+def test_a_refused_run_leaves_no_folder_behind(command, tmp_path):
+    assert command("--data", tmp_path / "nowhere", "--out", tmp_path / "pa" / "rent" / "run")[0] == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_traceback_only_when_asked_for(tmp_path):
@@ -247,18 +269,48 @@ def test_an_output_folder_that_cannot_be_used(command, pictures, tmp_path):
     assert out == ""  # before anything else
 
 
-def test_a_full_disk_is_one_sentence_and_the_old_file_stays(command, pictures, tmp_path, monkeypatch):
+@pytest.mark.parametrize("for_good", [True, False])
+def test_a_full_disk_is_one_sentence_and_loses_nothing(command, pictures, tmp_path, monkeypatch, for_good):
     calls = []
 
     def fsync(handle):
         calls.append(handle)
-        if len(calls) > 2:  # config.yaml and the first epoch's checkpoint have been written
+        # Written by now: config.yaml, and the first epoch's metrics and checkpoint. The fifth is the second checkpoint.
+        if len(calls) > 3 if for_good else len(calls) == 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    code, _, err = command("--model", "test_vit", "--data", pictures, "--epochs", 3, "--out", tmp_path / "run")
-    assert code == 2 and err.endswith("last.ckpt: No space left on device\n") and err.count("\n") == 1
-    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["epoch"] == 1
+    out = tmp_path / "run"
+    code, _, err = command("--model", "test_vit", "--data", pictures, "--epochs", 3, "--out", out)
+    assert code == 2 and err.endswith(": No space left on device\n") and err.count("\n") == 1
+    assert torch.load(out / "last.ckpt", weights_only=True)["epoch"] == 1
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    assert (out / "adapter.safetensors").exists() is not for_good
+    if not for_good:
+        assert json.loads((out / "summary.json").read_text())["status"] == "failed"
+        torch.manual_seed(0)
+        va.load(timm.create_model("test_vit"), out / "adapter.safetensors")
+
+
+def test_an_image_that_vanishes_while_training_is_named_and_loses_nothing(command, pictures, tmp_path, monkeypatch):
+    from vitadapter_ext.train.loop import Trainer
+
+    choose = Trainer._choose
+
+    def then_delete(self, row):
+        choose(self, row)
+        for path, _ in self.train.dataset.dataset.samples[:1]:
+            path.unlink(missing_ok=True)
+
+    monkeypatch.setattr(Trainer, "_choose", then_delete)
+    for workers in (0, 1):
+        out = tmp_path / f"run{workers}"
+        copy = shutil.copytree(pictures, tmp_path / f"pictures{workers}")
+        code, _, err = command(
+            "--model", "test_vit", "--data", copy, "--epochs", 3, "--out", out, "--workers", workers
+        )  # fmt: skip
+        assert code == 2 and "cannot be read any more" in err and err.count("\n") == 1 and "Traceback" not in err
+        assert (out / "adapter.safetensors").exists()
 
 
 FRESH = """
@@ -281,9 +333,9 @@ def test_a_folder_of_jpegs_and_the_saved_file_in_a_new_process(pictures, tmp_pat
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("data") and "2 classes; 16 train, 4 val, 4 test images" in lines[0]
+    assert lines[0].startswith("data") and "2 classes; 16 train, 4 val, 4 test images" in lines[1]
     assert sum(line.startswith("epoch ") for line in lines) == 2
-    assert lines[-1].endswith(f'vitadapter_ext.load(model, "{out}/adapter.safetensors").eval()')
+    assert lines[-1].endswith(f"vitadapter_ext.load(model, '{out}/adapter.safetensors').eval()")
 
     images = torch.rand(3, 3, 160, 160)
     torch.save(images, tmp_path / "images.pt")

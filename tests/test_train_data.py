@@ -1,5 +1,6 @@
 """Which images does a run see? Folders of every layout, damaged files, odd picture modes, and their splits."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,33 @@ def test_one_held_out_folder_is_the_test_set(tmp_path, held_out):
     assert all(f"/{held_out}/" in path for path in files(splits["test"]))
     assert all("/train/" in path for path in files(splits["val"]))
     assert f"the {held_out} folder is the test set" in notes[0]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    splits, _ = read_folder(fill(tmp_path, bus=8, train=8, test=8))
+    assert splits["train"].classes == ("bus", "test", "train")
+
+
+@pytest.mark.parametrize("names", [("training", "testing"), ("Train", "dev")])
+def test_other_names_of_the_splits(tmp_path, names):
+    for name in names:
+        fill(tmp_path / name, a=8, b=8)
+    splits, _ = read_folder(tmp_path)
+    assert splits["train"].classes == ("a", "b") and len(splits["test"]) == 16
+
+
+def test_held_out_folders_beside_an_unknown_one_are_no_classes(tmp_path):
+    for name in ("val", "test", "learn"):
+        fill(tmp_path / name, a=8, b=8)
+    with pytest.raises(ValueError, match="has test and val but no train folder"):
+        read_folder(tmp_path)
+
+
+def test_a_class_name_that_is_no_text_is_refused(tmp_path):
+    fill(tmp_path, a=8, b=8)
+    os.rename(os.fsencode(tmp_path / "b"), os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(ValueError, match="a name that is no printable text"):
+        read_folder(tmp_path)
 
 
 def test_a_class_that_only_train_has_is_fine(tmp_path):
@@ -217,7 +245,7 @@ def test_equal_seeds_give_equal_batches(tmp_path, workers):
     for _ in range(2):
         torch.manual_seed(5)
         data = read_data(config)
-        found = loader(data.train, training_transform("affine", DATA_CONFIG), config, shuffle=True)
+        found = loader(data.train, training_transform("affine", DATA_CONFIG), config, torch.device("cpu"), shuffle=True)
         batches.append(torch.cat([images for images, _ in found]))
     assert torch.equal(*batches)
 

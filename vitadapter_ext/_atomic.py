@@ -1,7 +1,7 @@
 """How is a file written whole or not at all? To a temporary name beside it, flushed to the disk, then renamed."""
 
 import os
-import tempfile
+import uuid
 from pathlib import Path
 
 
@@ -11,21 +11,19 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     Raises:
         OSError: with the path in it, after the temporary file is gone.
     """
-    path, temporary = Path(os.path.realpath(path)), None
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".vitadapter-{uuid.uuid4().hex}")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=".vitadapter-", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        # Not tempfile's: its files are private, where a result has the permissions of the old file or of any new one.
+        with open(temporary, "xb") as file:
+            if path.exists():
+                os.chmod(temporary, path.stat().st_mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp's files are private; a result file has the permissions that any new file would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise

@@ -32,7 +32,7 @@ def attach(model: nn.Module, method: Method) -> nn.Module:
     Pass the model itself where it runs under `torch.compile`, not the wrapper, which sees the change by itself.
 
     Args:
-        model: any timm model with a head for the baselines, one of `sites.ADAPTED_BLOCKS` for the adapters.
+        model: a timm model with a head and without batch statistics; for adapters, of `sites.ADAPTED_BLOCKS`.
         method: such as `Adapter(rank=8)`.
     Returns: the model.
     Raises:
@@ -120,7 +120,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             del owner[name]
         for name, p in parameters.items():
             # Through .data, so that a graph built before still has its backward afterwards.
-            p.data = record.originals[name].to(p.device, p.dtype)
+            p.data = record.originals[name].to(p.device, p.dtype, copy=True)
         yield model
     finally:
         for name, p in parameters.items():

@@ -5,7 +5,9 @@ Exit codes: 0 done, 2 something the user gave is refused or could not be read or
 
 import argparse
 import ast
+import contextlib
 import difflib
+import os
 import sys
 import traceback
 import types
@@ -67,7 +69,10 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if text.startswith("Caught ") and " in DataLoader worker process" in text:  # its last line is the error itself
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def add_flag(group: argparse._ArgumentGroup, name: str, hint: Any, text: str, metavar: str | None = None) -> None:
@@ -97,18 +102,18 @@ class _Switch(argparse.Action):
 def value(name: str, text: Any, hint: Any) -> Any:
     """The value of type `hint` (such as `float | str`) that the text of a flag means, else `ValueError`."""
     kinds = _kinds(hint)
-    if not isinstance(text, str):
-        return tuple(text) if isinstance(text, list) and tuple in kinds else text  # YAML has no tuples
-    try:
-        found = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        found = text
+    found = os.fspath(text) if isinstance(text, os.PathLike) else text
+    if isinstance(found, list) and tuple in kinds:
+        found = tuple(found)  # YAML has no tuples
+    if isinstance(found, str) and set(kinds) - {str, types.NoneType}:
+        with contextlib.suppress(ValueError, SyntaxError):
+            found = ast.literal_eval(found)
     if type(found) not in kinds:
         if type(found) is int and float in kinds:
             found = float(found)
         elif type(found) is int and tuple in kinds:
             found = (found,)
-        elif str in kinds:
+        elif str in kinds and isinstance(text, str):
             found = text
         else:
             wanted = " or ".join(_WORDS.get(kind, kind.__name__) for kind in kinds if kind is not types.NoneType)

@@ -109,6 +109,8 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         method = make_method(metadata["method"], metadata["fields"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds a method that this version does not know: {error}") from error
+    if metadata["num_classes"] not in {len(t) for name, t in tensors.items() if name.startswith("head.") and t.dim()}:
+        raise ValueError(f"{path} is damaged: it speaks of {metadata['num_classes']} classes, but its head has others")
     problem = difference(metadata["fingerprint"], backbone_tensors(model))
     if problem:
         wanted, given = metadata["backbone"].get("model"), _describe_backbone(model)["model"]

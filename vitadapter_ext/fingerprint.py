@@ -1,7 +1,8 @@
 """Is this the backbone that a file belongs to? A hash of every tensor, and a few values where the hash differs.
 
-The hash says yes at once. Where it differs (`model.half()`, a round trip through bfloat16) the values decide, compared
-within the rounding of a half-precision dtype. The position embedding is left out: it is resized with the image.
+The hash says yes at once. Where it differs because one side was rounded to half precision (`model.half()`, weights that
+were kept in float16), the values decide, compared within that rounding. The position embedding is left out: it is
+resized with the image.
 """
 
 import hashlib
@@ -58,12 +59,19 @@ def _compared(backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _same_values(entry: dict, tensor: Tensor) -> bool:
     if entry["hash"] == _hash(tensor):
         return True
+    if str(tensor.dtype).removeprefix("torch.") == entry["dtype"] and not _was_half(tensor):
+        return False
     values, wanted = _values(tensor), entry["values"]
     if len(values) != len(wanted):
         return False
     # The mean may be far below the elements that were rounded, so it is held against their root mean square.
     sizes = wanted[1:2] + wanted[1:]
     return all(abs(a - b) <= RELATIVE * abs(size) + ABSOLUTE for a, b, size in zip(values, wanted, sizes, strict=True))
+
+
+def _was_half(tensor: Tensor) -> bool:
+    """Whether every element is a float16 or every one a bfloat16, as after a round trip through that dtype."""
+    return any(torch.equal(tensor.to(low).to(tensor.dtype), tensor) for low in (torch.float16, torch.bfloat16))
 
 
 def _hash(tensor: Tensor) -> str:

@@ -48,14 +48,25 @@ def pretrain(
     validation digits, by its ten digit outputs) and `seconds`. `report` gets a line of text an epoch.
 
     Raises:
-        ValueError: for a number outside its range.
-        OSError: where `out` cannot be made; nothing is trained then.
+        ValueError: for a number outside its range, or where `out` has such files already; nothing is trained then.
+        OSError: where `out` cannot be made or written; nothing is trained then.
     """
     for name, number in {"glyphs": glyphs, "epochs": epochs, "batch_size": batch_size, "lr": lr}.items():
         if not 0 < number < math.inf:
             raise ValueError(f"{name} must be a positive number, got {number}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be 0 or a positive number, got {weight_decay}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+    if not 0 <= seed < 2**63 - 1:
+        raise ValueError(f"seed must be from 0 to 2^63 - 2, got {seed}")
     weights = Path(out) / embedded.WEIGHTS.name
+    for path in (weights, embedded.checksum_path(weights)):
+        if path.exists():
+            raise ValueError(f"{path} exists: name a new folder with --out")
     weights.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(weights.with_suffix(".probe"), b"")  # better now than after twenty minutes
+    weights.with_suffix(".probe").unlink()
     start = time.perf_counter()
 
     torch.manual_seed(seed)
@@ -116,7 +127,8 @@ def _write(model: VisionTransformer, weights: Path) -> None:
 _DESCRIPTION = """\
 Pretrains the small ViT that ships with this package, on letters and digits drawn
 from fonts. It writes embedded_vit.safetensors and embedded_vit.sha256; the
-package's own files stay as they are. Defaults stand in brackets."""
+package's own files stay as they are. After Ctrl-C nothing is kept. Defaults
+stand in brackets."""
 
 _EPILOG = """\
 To use the result:

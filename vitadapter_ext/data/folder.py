@@ -19,7 +19,11 @@ from .images import EXTENSIONS, MOST_UNREADABLE, open_rgb, unreadable
 
 HELD_OUT = 0.15  # of a class's images, for each split that has no folder of its own
 
-_SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 Sample = tuple[Path, int]  # a file, and the index of its class
 
@@ -36,7 +40,10 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        return open_rgb(path), label
+        try:
+            return open_rgb(path), label
+        except Exception as error:  # it could be read when the folder was
+            raise OSError(f"{path} cannot be read any more: {error}") from error
 
 
 def read_folder(folder: str | os.PathLike) -> tuple[dict[str, ImageFiles], list[str]]:
@@ -53,6 +60,9 @@ def read_folder(folder: str | os.PathLike) -> tuple[dict[str, ImageFiles], list[
         raise ValueError(f"the data folder {root} {'is not a folder' if root.exists() else 'does not exist'}")
     found = _find_splits(root)
     classes = sorted(found["train"])
+    for name in classes:
+        if not name.isprintable() or name.encode(errors="ignore").decode() != name:
+            raise ValueError(f"the class folder {name!a} in {root} has a name that is no printable text: rename it")
     if not any(files for split in found.values() for files in split.values()):
         raise ValueError(f"{root} has no images: expected a folder for each class with files such as cat/1.jpg in it")
     if len(classes) == 1:
@@ -82,7 +92,9 @@ def _find_splits(root: Path) -> dict[str, dict[str, list[Path]]]:
     folders = _folders(root)
     named = {}
     for folder in folders:
-        if (name := _SPLIT_NAMES.get(folder.name.lower())) is None:
+        name = _SPLIT_NAMES.get(folder.name.lower())
+        # A folder with images of its own is a class, whatever it is called (DomainNet has a class "train").
+        if name is None or not _folders(folder) or any(map(_is_image, folder.iterdir())):
             continue
         if name in named:
             raise ValueError(
@@ -91,7 +103,7 @@ def _find_splits(root: Path) -> dict[str, dict[str, list[Path]]]:
         named[name] = folder
     if "train" in named:
         return {name: _classes(named[name]) for name in ("train", "val", "test") if name in named}
-    if named and len(named) == len(folders):
+    if named:
         raise ValueError(f"{root} has {' and '.join(sorted(named))} but no train folder")
     return {"train": _classes(root)}
 
@@ -109,8 +121,12 @@ def _images(folder: Path) -> list[Path]:
     files = []
     for where, below, names in os.walk(folder):
         below[:] = [name for name in below if not name.startswith(".")]
-        files += [Path(where, name) for name in names if not name.startswith(".") and name.lower().endswith(EXTENSIONS)]
+        files += [path for path in (Path(where, name) for name in names) if _is_image(path)]
     return sorted(files)
+
+
+def _is_image(path: Path) -> bool:
+    return not path.name.startswith(".") and path.name.lower().endswith(EXTENSIONS)
 
 
 def _drop_unreadable(root: Path, found: dict[str, dict[str, list[Path]]]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .._text import unknown
-from ..nn.adapter import INITS, FusedAdapter, check_adapter_options
+from ..nn.adapter import ACTIVATIONS, INITS, FusedAdapter, check_adapter_options
 from .base import Method, Shapes, check_flags, option
 
 # placement: how each branch of a block joins the stream (`sites.JOINS`), after the attention and after the MLP
@@ -42,11 +42,11 @@ class Adapter(Method):
     """
 
     name: ClassVar[str] = "adapter"
-    description: ClassVar[str] = "bottleneck adapters in every block (Houlsby 2019; Adapter+, CVPR 2024)"
+    description: ClassVar[str] = "bottleneck adapters in every block (Houlsby 2019, Adapter+)"
 
     rank: int = option(8, "width of the bottleneck")
     placement: str = option("post", ", ".join(PLACEMENTS))
-    activation: str = option("gelu", "gelu_tanh, relu, leaky_relu, silu, ...")
+    activation: str = option("gelu", ", ".join(ACTIVATIONS))
     scale: float | str = option("channel", "a number, scalar or channel")
     bias: bool = option(True, "of both linear maps")
     dropout: float = option(0.0, "after the activation")
@@ -54,7 +54,7 @@ class Adapter(Method):
     drop_path: float = option(0.0, "of the adapter's output, by image")
     init: str = option("houlsby", ", ".join(INITS))
     train_norms: bool = option(False, "train the norms too")
-    train_biases: bool = option(False, "and the linear biases")
+    train_biases: bool = option(False, "train the linear biases too")
 
     def __post_init__(self) -> None:
         if self.placement not in tuple(PLACEMENTS):

@@ -15,7 +15,8 @@ Fine-tunes a Vision Transformer with few trained parameters, and says how well.
 
 Without arguments: the small ViT that ships in this package is adapted to
 scikit-learn's handwritten digits. With --data it is adapted to a folder of
-images; with --model any timm ViT is. Defaults stand in brackets."""
+images; with --model any timm ViT is. Defaults stand in brackets; the recipe,
+"embedded" where there is no --model, goes before them."""
 
 
 def main(argv: list[str]) -> None:
@@ -29,7 +30,9 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m vitadapter_ext.train", description=_DESCRIPTION, epilog=_recipes())
+    parser = Parser(
+        prog="python -m vitadapter_ext.train", description=_DESCRIPTION, epilog=f"{_methods()}\n\n{_recipes()}"
+    )
     groups = {name: parser.add_argument_group(name) for name in ("data", "backbone", "method", "training", "run")}
     hints = field_hints(Config)
     for field in dataclasses.fields(Config):
@@ -38,7 +41,7 @@ def _parser() -> Parser:
             _add_method_flags(groups["method"])
             continue
         text = field.metadata["help"]
-        if field.default is not None and not isinstance(field.default, bool):
+        if field.default is not None and not isinstance(field.default, bool) and "[" not in text:
             text += f" [{field.default}]"
         add_flag(groups[field.metadata["group"]], field.name, hints[field.name], text, field.metadata["metavar"])
     return parser
@@ -53,13 +56,18 @@ def _add_method_flags(group) -> None:
                 fields.setdefault(field.name, {})[name] = field
     for option, owners in fields.items():
         first = next(iter(owners))
-        defaults = ", ".join(f"{name} {_shown(field.default)}" for name, field in owners.items())
+        defaults = [f"{name}: {_shown(field.default)}" for name, field in owners.items()]
+        defaults = ", ".join(defaults) if len(owners) > 1 else _shown(owners[first].default)
         text = " ".join(part for part in (owners[first].metadata.get("help"), f"[{defaults}]") if part)
         add_flag(group, option, field_hints(METHODS[first])[option], text)
 
 
 def _shown(default: object) -> object:
     return {True: "on", False: "off"}.get(default, default) if isinstance(default, bool) else default
+
+
+def _methods() -> str:
+    return "\n".join(["methods:", *(f"  {name:<14} {kind.description}" for name, kind in METHODS.items())])
 
 
 def _recipes() -> str:

@@ -31,7 +31,7 @@ class Config:
     data: str | None = _field(None, "data", "images: a folder for each class [digits]", "FOLDER")
     augmentation: str = _field("crop-flip", "data", "none, affine or crop-flip")
     batch_size: int = _field(64, "data", "images in a batch")
-    workers: int = _field(0, "data", "extra processes that load images")
+    workers: int = _field(0, "data", "extra processes for images; they change the draw")
 
     model: str | None = _field(None, "backbone", "timm name [the embedded small ViT]", "NAME")
     weights: str | None = _field(None, "backbone", ".npz, .safetensors or .pth for --model", "FILE")
@@ -53,14 +53,16 @@ class Config:
     device: str = _field("auto", "run", "cpu, cuda, cuda:1; auto: a GPU if any")
     amp: str = _field("none", "run", "precision: none, bf16 or fp16")
     baselines: bool = _field(False, "run", "also measure the frozen backbone")
-    recipe: str = _field("general", "run", "a preset; other flags win", "NAME")
+    recipe: str = _field("general", "run", "a preset; other flags win [see below]", "NAME")
     out: str | None = _field(None, "run", "new folder [runs/DATA-METHOD-N]", "FOLDER")
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "patience"):
             self._check(name, lambda given: given is None or given >= 1, "at least 1")
         for name in ("workers", "warmup_epochs", "weight_decay"):
-            self._check(name, lambda given: given >= 0, "0 or more")
+            self._check(name, lambda given: 0 <= given < float("inf"), "0 or more")
+        for name in ("data", "out", "model", "weights"):
+            self._check(name, lambda given: given != "", "a name, not an empty word")
         self._check("seed", lambda given: 0 <= given < 2**32, "from 0 to 4294967295")
         for name in ("backbone_drop_path", "label_smoothing"):
             self._check(name, lambda given: 0 <= given < 1, "at least 0 and below 1")

@@ -58,7 +58,7 @@ def training_transform(augmentation: str, data_config: dict[str, Any]) -> Transf
     if augmentation == "none":
         return evaluation
     if augmentation == "affine":
-        # Over five seeds of the embedded default the mean validation loss was 0.0132 with these, 0.0151 with milder ones.
+        # On the embedded default the mean validation loss of five seeds is 0.0132 with these, 0.0151 with milder ones.
         move = RandomAffine(
             15, translate=(0.1, 0.1), scale=(0.85, 1.15), shear=14, interpolation=InterpolationMode.BILINEAR
         )
@@ -81,13 +81,23 @@ class Transformed(Dataset):
         return self.transform(image), label
 
 
-def loader(dataset: Dataset, transform: Transform, config: Config, shuffle: bool = False) -> DataLoader:
-    """Batches (B, 3, H, W) and labels (B,); order and augmentation depend on PyTorch's seed, in workers too."""
+def loader(
+    dataset: Dataset,
+    transform: Transform,
+    config: Config,
+    device: torch.device,
+    shuffle: bool = False,
+    every_epoch: bool = False,
+) -> DataLoader:
+    """Batches (B, 3, H, W) and labels (B,); order and augmentation depend on PyTorch's seed, in workers too.
+
+    `every_epoch` keeps the worker processes from one epoch to the next.
+    """
     return DataLoader(
         Transformed(dataset, transform),
         batch_size=config.batch_size,
         shuffle=shuffle,
         num_workers=config.workers,
-        persistent_workers=config.workers > 0,
-        pin_memory=torch.cuda.is_available() and config.device != "cpu",
+        persistent_workers=every_epoch and config.workers > 0,
+        pin_memory=device.type == "cuda",
     )

@@ -176,12 +176,13 @@ class Trainer:
 
     def _run_epoch(self, step: int, listener: Listener) -> dict[str, Any]:
         began = time.perf_counter()
-        train_mode(self.model)
+        self.model.train()
         total = torch.zeros((), device=self.device)
         for count, (images, labels) in enumerate(self.train, 1):
-            total += self._train_step(images, labels) * len(labels)
+            # The schedule at the middle of the step: at its ends the first or the last step would have lr 0.
+            self.scheduler.step_update(step + count - 0.5)
             lr = self.optimizer.param_groups[0]["lr"]
-            self.scheduler.step_update(step + count)
+            total += self._train_step(images, labels) * len(labels)
             self.images += len(labels)
             # NaN stays in the sum, so looking now and then is enough and the GPU is not kept waiting.
             if (count % 20 == 0 or count == len(self.train)) and not math.isfinite(total.item()):
@@ -226,11 +227,3 @@ class Trainer:
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that ask for gradients, by name."""
     return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-
-
-def train_mode(model: nn.Module) -> None:
-    """Training mode, but batch norms keep their running statistics: no method trains them, and no file holds them."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()

@@ -11,10 +11,12 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
 import vitadapter_ext
 
+from .._text import unknown
 from ..attachment import attach
 from ..files import save
 from ..parameters import summary as count_parameters
@@ -26,6 +28,9 @@ from .loop import DivergedError, Trainer, evaluate, seed_everything
 from .run_folder import RunFolder
 
 _COUNTS = ("adapter", "head", "overrides", "trainable", "total")
+
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 @dataclass
@@ -40,16 +45,19 @@ class Result:
 def fit(config: Config) -> Result:
     """Fine-tunes as the configuration says, tests once, and writes the run folder.
 
-    Where it is interrupted, the best epoch so far (else what there is) is saved and `KeyboardInterrupt` goes on.
+    Whatever ends the training early (Ctrl-C, a full disk, a file that is gone), the best epoch so far (else what there
+    is) is saved before the exception goes on.
 
     Raises:
         ValueError: for anything in the configuration or the data that cannot be used; for a loss that is no number any
-            more (the best epoch before is saved).
+            more (the best epoch before is saved); for too little memory on the GPU.
         OSError: for what cannot be read or written.
     """
     device = choose_device(config)
+    check_optimizer(config.optimizer)
     folder = RunFolder(config.out, f"{data_name(config)}-{config.method.name}")
     try:
+        report.reading(config)
         data = read_data(config)
         backbone = create(config)
         data_config = resolve_model_data_config(backbone.model)
@@ -57,16 +65,18 @@ def fit(config: Config) -> Result:
         report.opening(config, data, backbone, data_config, device)
 
         evaluation = evaluation_transform(data_config)
-        held = {name: loader(getattr(data, name), evaluation, config) for name in ("train", "val", "test")}
+        held = {name: loader(getattr(data, name), evaluation, config, device) for name in ("train", "val", "test")}
         measured = baselines.measure(model, backbone.classes, data.classes, held) if config.baselines else {}
+        val = loader(data.val, evaluation, config, device, every_epoch=True)
 
         seed_everything(config.seed)
         model.reset_classifier(len(data.classes))
         attach(model.to(device), config.method)
         parameters = count_parameters(model)
         report.attached(parameters, folder.path)
-        batches = loader(data.train, training_transform(config.augmentation, data_config), config, shuffle=True)
-        trainer = Trainer(model, batches, held["val"], config, device)
+        training = training_transform(config.augmentation, data_config)
+        batches = loader(data.train, training, config, device, shuffle=True, every_epoch=True)
+        trainer = Trainer(model, batches, val, config, device)
         folder.write_config(config.to_yaml())
     except BaseException:
         folder.discard()
@@ -88,6 +98,11 @@ def fit(config: Config) -> Result:
         _, found["test_accuracy"] = evaluate(model, held["test"], device, config.amp)
     except KeyboardInterrupt as error:
         found["status"], failure = "interrupted", error
+    except torch.OutOfMemoryError:
+        found["status"] = "failed"
+        failure = ValueError(f"the memory of {device} is too small: a smaller --batch-size or --amp bf16 may help")
+    except (OSError, RuntimeError) as error:
+        found["status"], failure = "failed", error
     except DivergedError as error:
         kept = "the best epoch before is saved" if trainer.best else "nothing is saved"
         found["status"], failure = "diverged", ValueError(f"{error}: {kept}; a lower --lr or --clip-grad 1 may help")
@@ -122,14 +137,31 @@ def choose_device(config: Config) -> torch.device:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = name.partition(":")[0]
+    if kind not in DEVICES:
+        raise unknown("device", name, DEVICES)
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"the device {name!r} is not there: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     if config.amp == "fp16" and device.type != "cuda":
         raise ValueError(f"--amp fp16 needs a CUDA device, and this is {device}: use bf16 or none")
     return device
+
+
+def check_optimizer(name: str) -> None:
+    """Raises a `ValueError` where timm has no such optimizer, or one that this driver cannot step."""
+    if name not in list_optimizers():
+        raise unknown("optimizer", name, list_optimizers())
+    try:
+        optimizer = create_optimizer_v2([nn.Parameter(torch.zeros(2, 2))], name, lr=0.1)
+    except Exception as error:  # optimizers of other packages say in their own ways that they are not installed
+        raise ValueError(f"the optimizer {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise ValueError(f"the optimizer {name!r} needs second derivatives, which the fused ops do not have")
 
 
 def _peak_memory_mb(device: torch.device) -> float:

@@ -16,6 +16,12 @@ from .loop import Trainer
 from .run_folder import RunFolder
 
 
+def reading(config: Config) -> None:
+    """Before a large folder keeps one waiting."""
+    if config.data is not None:
+        _say("data", f"reading {config.data} ...")
+
+
 def opening(config: Config, data: Data, backbone: Backbone, data_config: dict[str, Any], device: torch.device) -> None:
     """Data, preprocessing and backbone, before anything takes long."""
     counts = ", ".join(f"{len(getattr(data, name))} {name}" for name in ("train", "val", "test"))
@@ -66,7 +72,7 @@ class Progress:
         self.bar.update()
 
     def epoch(self, row: dict[str, Any], trainer: Trainer) -> None:
-        self.folder.add_metrics(row)
+        self.folder.write_metrics(trainer.rows)
         self.folder.write_checkpoint(trainer.checkpoint())
         phase = f"phase {row['phase']}  " if self.several else ""
         accuracy = f"val {100 * row['val_accuracy']:.2f} %"
@@ -107,7 +113,7 @@ def closing(found: dict[str, Any], backbone: Backbone, folder: RunFolder) -> Non
 
 
 def _how_to_load(backbone: Backbone, adapter: Path) -> str:
-    lines = ["In Python:", *backbone.code, f'vitadapter_ext.load(model, "{adapter}").eval()']
+    lines = ["In Python:", *backbone.code, f"vitadapter_ext.load(model, {str(adapter)!r}).eval()"]
     return "\n    ".join(lines)
 
 

@@ -1,6 +1,6 @@
 """What does a run leave behind? A folder that was empty before, with files that are whole at every moment.
 
-config.yaml           everything needed to run it again
+config.yaml           everything needed to run it again: Config.from_yaml
 metrics.csv           a row for each epoch, as it ends
 last.ckpt             where the training stands, for going on
 adapter.safetensors   what was trained, at its best epoch
@@ -15,7 +15,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,16 @@ class RunFolder:
     """
 
     def __init__(self, out: str | os.PathLike | None, name: str):
-        self._made = True
         if out is None:
+            self._made = [] if Path("runs").is_dir() else [Path("runs")]
             self.path = _next_free(re.sub(r"[^\w.-]+", "-", name))
+            self._made.append(self.path)
         else:
             self.path = Path(out)
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 kind = "is not empty" if self.path.is_dir() else "is not a folder"
                 raise ValueError(f"the output folder {self.path} exists and {kind}: name a new one with --out")
-            self._made = not self.path.exists()
+            self._made = [folder for folder in (*reversed(self.path.parents), self.path) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
         probe = self.path / f".{uuid.uuid4().hex}"
         probe.touch()
@@ -53,23 +54,22 @@ class RunFolder:
         return self.path / "adapter.safetensors"
 
     def discard(self) -> None:
-        """Takes the folder away again, if it was made here and is still empty."""
-        if self._made and not any(self.path.iterdir()):
-            self.path.rmdir()
+        """Takes the folders away again that were made here and are still empty."""
+        for folder in reversed(self._made):
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     def write_config(self, text: str) -> None:
         """config.yaml."""
         write_atomically(self.path / "config.yaml", text.encode())
 
-    def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """One more row of metrics.csv; the first one brings the header."""
-        path = self.path / "metrics.csv"
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """metrics.csv, in place of the one of the epoch before; `rows` have the same keys."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path / "metrics.csv", text.getvalue().encode())
 
     def write_checkpoint(self, state: Mapping[str, Any]) -> None:
         """last.ckpt, in place of the one of the epoch before."""
