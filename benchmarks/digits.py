@@ -2,17 +2,16 @@
 on the embedded default, three seeds each, as `benchmarks/results/digits.json` and `digits.png`."""
 
 import argparse
-import datetime
+import io
 import json
-import platform
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
 
-import matplotlib
-import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
+from benchmarks.record import made_with
 from vitadapter_ext._atomic import write_atomically
 from vitadapter_ext.train import configure, fit
 
@@ -45,11 +44,7 @@ def measure(seeds: range) -> dict:
             }
         )
     return {
-        "command": "make figure",
-        "date": datetime.date.today().isoformat(),
-        "commit": subprocess.run(["git", "describe", "--always"], capture_output=True, text=True).stdout.strip(),
-        "machine": f"{torch.get_num_threads()} threads, {platform.machine()}",
-        "versions": runs[-1]["versions"],
+        **made_with("make figure"),
         "untouched_backbone_accuracy": untouched,
         "rows": rows,
     }
@@ -57,10 +52,9 @@ def measure(seeds: range) -> dict:
 
 def draw(result: dict, path: Path) -> None:
     """Mean test accuracy over trained parameters, a bar from the lowest to the highest seed, as a PNG."""
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     for row in result["rows"]:
         accuracies = [100 * accuracy for accuracy in row["test_accuracy"]]
         mean, count = statistics.mean(accuracies), row["trained_parameters"]
@@ -92,15 +86,14 @@ def draw(result: dict, path: Path) -> None:
     )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    with tempfile.TemporaryDirectory() as folder:
-        figure.savefig(Path(folder) / "figure.png")
-        write_atomically(path, (Path(folder) / "figure.png").read_bytes())
-    plt.close(figure)
+    png = io.BytesIO()
+    figure.savefig(png)
+    write_atomically(path, png.getvalue())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on [3]")
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 100), metavar="N", help="how many seeds [3]")
     parser.add_argument("--redraw", action="store_true", help="only draw the figure again from the stored numbers")
     arguments = parser.parse_args()
     stored = RESULTS / "digits.json"

@@ -4,7 +4,6 @@ compute-sanitizer, takes first timings, and writes all that to `benchmarks/resul
 Ends with 0; with 1 where the build or a test failed; without a GPU with 3, of which make itself makes its own 2.
 """
 
-import datetime
 import json
 import os
 import shutil
@@ -32,14 +31,6 @@ def run(*command: str, **environment: str) -> bool:
     """Runs a command from the repository's root, its output shown; whether it ended well."""
     print("$", " ".join(command), flush=True)
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode == 0
-
-
-def commit() -> str:
-    try:
-        command = ["git", "describe", "--always", "--dirty"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        return ""
 
 
 def median_ms(works: list[Callable[[], object]], repeats: int = 20) -> list[float]:
@@ -115,18 +106,13 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("make gpu: this machine has no NVIDIA GPU that torch can use; nothing was built, run or timed")
         return 3
-    record = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "command": "make gpu",
-    }
     major, minor = torch.cuda.get_device_capability()
     build = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "VITADAPTER_CUDA": "1"}
     if not run(sys.executable, "setup.py", "build_ext", "--inplace", **build):
         return 1
+    from benchmarks.record import made_with  # now that there is a library to import
+
+    record = made_with("make gpu")
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/test_adapter.py"]
     record["tests_passed"] = run(*tests)
     if shutil.which("compute-sanitizer"):
