@@ -51,41 +51,30 @@ def measure(seeds: range) -> dict:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Mean test accuracy over trained parameters, a bar from the lowest to the highest seed, as a PNG."""
-    figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
+    """A row a method, as a PNG: on the left test accuracy, mean and all seeds, on the right trained parameters."""
+    figure = Figure(figsize=(7.6, 2.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for row in result["rows"]:
-        accuracies = [100 * accuracy for accuracy in row["test_accuracy"]]
-        mean, count = statistics.mean(accuracies), row["trained_parameters"]
-        ours = row["method"] == "adapter"
-        colour = "#c1440e" if ours else "#4a5a6a"
-        spread = [[mean - min(accuracies)], [max(accuracies) - mean]]
-        axes.errorbar(count, mean, spread, fmt="o", color=colour, markersize=9 if ours else 7, capsize=4)
-        axes.annotate(
-            f"{row['label']}\n{mean:.1f} %, {count:,} trained",
-            (count, mean),
-            xytext=(0, -14),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            color=colour,
-            fontsize=9,
-            fontweight="bold" if ours else "normal",
-        )
-    means = [100 * statistics.mean(row["test_accuracy"]) for row in result["rows"]]
-    axes.set_xscale("log")
-    axes.set_xlim(right=4 * max(row["trained_parameters"] for row in result["rows"]))
-    axes.set_xlim(left=min(row["trained_parameters"] for row in result["rows"]) / 4)
-    axes.set_ylim(min(means) - 1.6, 100)
-    axes.set_xlabel("trained parameters")
-    axes.set_ylabel("test accuracy (%)")
+    accuracy, parameters = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for place, row in enumerate(result["rows"]):
+        colour = "#c1440e" if row["method"] == "adapter" else "#4a5a6a"
+        seeds = [100 * share for share in row["test_accuracy"]]
+        mean, count = statistics.mean(seeds), row["trained_parameters"]
+        accuracy.plot([min(seeds), max(seeds)], [place, place], color=colour, linewidth=2, alpha=0.4)
+        accuracy.plot(seeds, [place] * len(seeds), "|", color=colour, markersize=9)
+        accuracy.plot(mean, place, "o", color=colour, markersize=8)
+        accuracy.annotate(f"{mean:.1f}", (mean, place), (0, 7), textcoords="offset points", ha="center", color=colour)
+        parameters.barh(place, count, height=0.5, color=colour)
+        parameters.annotate(f"{count:,}", (count, place), (4, 0), textcoords="offset points", va="center", color=colour)
+    accuracy.set_yticks(range(len(result["rows"])), [row["label"] for row in result["rows"]])
+    accuracy.set_ylim(-0.6, len(result["rows"]) - 0.3)
     untouched = 100 * result["untouched_backbone_accuracy"]
-    axes.set_title(
-        f"Handwritten digits from a ViT pretrained on printed glyphs (untouched: {untouched:.1f} %)", fontsize=9.5
-    )
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    accuracy.set_xlabel(f"test accuracy (%); untouched backbone: {untouched:.1f}")
+    parameters.set_xlabel("trained parameters")
+    parameters.set_xscale("log")
+    parameters.set_xlim(100, 30 * max(row["trained_parameters"] for row in result["rows"]))
+    for axes in (accuracy, parameters):
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     png = io.BytesIO()
     figure.savefig(png)
     write_atomically(path, png.getvalue())
@@ -98,6 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
     stored = RESULTS / "digits.json"
     if not arguments.redraw:
+        RESULTS.mkdir(exist_ok=True)
         write_atomically(stored, (json.dumps(measure(range(arguments.seeds)), indent=1) + "\n").encode())
     result = json.loads(stored.read_text())
     draw(result, RESULTS / "digits.png")

@@ -1,7 +1,14 @@
 """What do all tests share? The devices, seeded randomness, and the accuracy rule of the kernels."""
 
+import os
+
 import pytest
 import torch
+
+# One thread, here and in the processes that tests start: tensors this small gain nothing from more, and on a busy
+# machine the threads wait for each other. `test_the_same_bits_for_any_number_of_threads` sets its own numbers.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 

@@ -13,15 +13,6 @@ from timm.models import VisionTransformer
 from vitadapter_ext import cli, embedded, pretrain
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Steps this small gain nothing from a second thread, and lose much to it where other tests share the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def bundled() -> VisionTransformer:
     return embedded.create()

@@ -26,15 +26,6 @@ from vitadapter_ext.train.run_folder import RunFolder
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small gain nothing from threads, and on a busy machine they wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """Red and blue noise, 20 JPEGs of each."""

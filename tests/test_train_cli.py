@@ -30,17 +30,6 @@ from vitadapter_ext.train.recipes import RECIPES
 TRAIN = [sys.executable, "-m", "vitadapter_ext.train"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Here and in processes started here: on a busy machine the threads of small models wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """JPEGs of red and of blue noise."""
