@@ -113,7 +113,8 @@ def main() -> int:
     from benchmarks.record import made_with  # now that there is a library to import
 
     record = made_with("make gpu")
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/test_adapter.py"]
+    files = [f"tests/test_adapter{part}.py" for part in ("", "_autograd", "_behaviour")]
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", *files]
     record["tests_passed"] = run(*tests)
     if shutil.which("compute-sanitizer"):
         # Small cases of each kind: the sanitizer slows everything down a hundredfold.

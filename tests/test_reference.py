@@ -1,0 +1,49 @@
+"""Is the reference right? Against numbers worked out by hand and the published answers of Philox."""
+
+import itertools
+
+import pytest
+import torch
+
+from vitadapter_ext import reference
+
+
+def test_reference_on_numbers_worked_out_by_hand():
+    # hidden = relu([1·1 + 2·3 - 8, 1·2 - 2·1 + 1]) = relu([-1, 1]) = [0, 1]; out = [5, 7] + [1, -1] = [6, 6]
+    y = reference.adapter(
+        torch.tensor([[1.0, 2.0]]),
+        torch.tensor([[1.0, 3.0], [2.0, -1.0]]),
+        torch.tensor([[4.0, 5.0], [6.0, 7.0]]),
+        down_bias=torch.tensor([-8.0, 1.0]),
+        up_bias=torch.tensor([1.0, -1.0]),
+        scale=torch.tensor([0.5, 2.0]),
+        residual=torch.tensor([[10.0, 20.0]]),
+        activation="relu",
+    )
+    assert y.tolist() == [[13.0, 32.0]]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_the_published_answers(counter, key, expected):
+    words = reference._philox4x32([torch.tensor(c) for c in counter], tuple(torch.tensor(k) for k in key))
+    assert [int(word) for word in words] == expected
+
+
+def test_masks_keep_the_right_share_and_streams_differ():
+    seed = torch.tensor([-(2**62) + 12345])
+    masks = [reference.keep_mask(seed, 400, 251, stream, 0.3) for stream in range(3)]
+    for mask in masks:
+        assert abs(mask.double().mean().item() - 0.7) < 0.01
+    for a, b in itertools.combinations(masks, 2):
+        assert abs((a == b).double().mean().item() - (0.49 + 0.09)) < 0.01
