@@ -14,8 +14,10 @@
 #include "../common/adapter.h"
 
 // PyTorch's own check puts the source file's path into the sentence. The words are made only where the check fails.
-#define VA_CHECK(holds, ...) \
-  if (!(holds)) throw std::runtime_error(::vitadapter::bind::joined(__VA_ARGS__))
+#define VA_CHECK(holds, ...)                                                         \
+  do {                                                                               \
+    if (!(holds)) throw std::runtime_error(::vitadapter::bind::joined(__VA_ARGS__)); \
+  } while (false)
 
 namespace vitadapter::bind {
 
