@@ -142,7 +142,7 @@ def _drop_unreadable(root: Path, found: dict[str, dict[str, list[Path]]]) -> lis
     for split in found.values():
         for label, files in split.items():
             split[label] = [path for path in files if path not in bad]
-    return [f"{count} and left out: {listed}"]
+    return [f"{count} and are left out: {listed}"]
 
 
 def _hold_out(root: Path, found: dict[str, dict[str, list[Path]]]) -> list[str]:
