@@ -53,10 +53,10 @@ $(BIN)/python:
 	  (echo "vitadapter_ext needs Python 3.10 or newer; name one with 'make PYTHON=python3.12 ...'"; false)
 	$(PYTHON) -m venv $(VENV) || \
 	  (echo "no virtual environment could be made; on Debian and Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); false)
-	$(BIN)/pip install --quiet --upgrade pip
 
 # What the package is built with comes first, so that it is built against the torch that it will run with.
 $(VENV)/requirements: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet setuptools ninja pybind11 numpy "torch>=2.11" timm
 	touch $@
 

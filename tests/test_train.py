@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -16,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitadapter_ext as va
+from tests.pictures import red_and_blue
 from vitadapter_ext.files import read
 from vitadapter_ext.methods import METHODS, Method
 from vitadapter_ext.train import Config, baselines, configure, fit
@@ -28,15 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """Red and blue noise, 20 JPEGs of each."""
-    root = tmp_path_factory.mktemp("pictures")
-    noise = np.random.default_rng(0)
-    for name, colour in (("blue", (60, 60, 190)), ("red", (190, 60, 60))):
-        (root / name).mkdir()
-        for index in range(20):
-            pixels = noise.normal(colour, 50, (40, 40, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{index}.jpg")
-    return root
+    return red_and_blue(tmp_path_factory.mktemp("pictures"), 20)
 
 
 def run(pictures, out, **given):

@@ -16,9 +16,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from PIL import Image
 
 import vitadapter_ext as va
+from tests.pictures import red_and_blue
 from vitadapter_ext import cli
 from vitadapter_ext.methods import METHODS
 from vitadapter_ext.train import Config, configure
@@ -32,15 +32,7 @@ TRAIN = [sys.executable, "-m", "vitadapter_ext.train"]
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """JPEGs of red and of blue noise."""
-    root = tmp_path_factory.mktemp("pictures")
-    noise = np.random.default_rng(0)
-    for name, colour in (("blue", (60, 60, 190)), ("red", (190, 60, 60))):
-        (root / name).mkdir()
-        for index in range(12):
-            pixels = noise.normal(colour, 50, (40, 40, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{index}.jpg")
-    return root
+    return red_and_blue(tmp_path_factory.mktemp("pictures"), 12)
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     parameters = {name: model.get_parameter(name) for name in record.originals}
     trained = {name: p.data for name, p in parameters.items()}
     adapted = {name: type(model.get_submodule(name)) for name in record.classes}
-    # torch.compile before 2.12 does not see a changed class, but does see that an attribute which it has read is gone.
+    # torch 2.11 compiles on past a changed class, but sees that an attribute which it has read is gone.
     attributes = [
         (module.__dict__, name, module.__dict__[name])
         for module, names in ((model.get_submodule(owner), added) for owner, added in record.added.items())

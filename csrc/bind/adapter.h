@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -46,12 +48,18 @@ inline std::string text(ScalarType type) {
   }
 }
 
-inline std::string shape_text(const Tensor& tensor) {
+template <typename Sizes>
+std::string shape_text(const Sizes& sizes) {
   std::ostringstream out;
-  out << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "") << tensor.size(i);
-  out << (tensor.dim() == 1 ? ",)" : ")");
-  return out.str();
+  for (int64_t size : sizes) out << (out.tellp() ? ", " : "(") << size;
+  return (out.tellp() ? out.str() : "(") + (sizes.size() == 1 ? ",)" : ")");
+}
+inline std::string shape_text(const Tensor& tensor) { return shape_text(tensor.sizes()); }
+
+template <typename Sizes>
+bool has_shape(const Tensor& tensor, const Sizes& sizes) {
+  const auto own = tensor.sizes();
+  return std::equal(own.begin(), own.end(), sizes.begin(), sizes.end());
 }
 
 inline DType dtype_of(ScalarType type) {
@@ -101,13 +109,9 @@ struct NamedTensor {
   const Tensor& tensor;
 };
 
-inline void check_shape(NamedTensor named, const std::vector<int64_t>& expected, const char* meaning) {
-  bool fits = named.tensor.dim() == int64_t(expected.size());
-  for (size_t i = 0; fits && i < expected.size(); ++i) fits = named.tensor.size(i) == expected[i];
-  std::ostringstream wanted;
-  for (size_t i = 0; i < expected.size(); ++i) wanted << (i ? ", " : "") << expected[i];
-  VA_CHECK(fits, "adapter: ", named.name, " has shape ", shape_text(named.tensor), "; expected ", meaning, " = (",
-           wanted.str(), expected.size() == 1 ? ",)" : ")");
+inline void check_shape(NamedTensor named, std::initializer_list<int64_t> expected, const char* meaning) {
+  VA_CHECK(has_shape(named.tensor, expected), "adapter: ", named.name, " has shape ", shape_text(named.tensor),
+           "; expected ", meaning, " = ", shape_text(expected));
 }
 
 // Every tensor on x's device, and all float64 or a mix of float32 and one low dtype.
@@ -214,9 +218,8 @@ std::tuple<Tensor, Tensor> adapter_forward(Tensor x, OptionalTensor residual, Te
                      scale_value, activation, dropout,   dropout_out, drop_path, compute, allow_tf32};
   std::vector<NamedTensor> others;
   if (residual) {
-    bool fits = residual->dim() == x.dim();
-    for (int64_t i = 0; fits && i < x.dim(); ++i) fits = residual->size(i) == x.size(i);
-    VA_CHECK(fits, "adapter: residual has shape ", shape_text(*residual), "; expected x's, ", shape_text(x));
+    VA_CHECK(has_shape(*residual, x.sizes()), "adapter: residual has shape ", shape_text(*residual), "; expected x's, ",
+             shape_text(x));
     others.push_back({"residual", *residual});
   }
   check(a, others);

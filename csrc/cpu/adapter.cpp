@@ -53,8 +53,9 @@ void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t
     const int64_t run = std::min(kRun, k - p);
     const T *a_run = a + p * a_column, *b_run = b + p * ldb;
     int64_t i = 0;
-    for (; i + 4 <= m; i += 4)
+    for (; i + 4 <= m; i += 4) {
       product_rows<4>(n, run, a_run + i * a_row, a_row, a_column, b_run, ldb, c + i * ldc, ldc);
+    }
     for (; i < m; ++i) product_rows<1>(n, run, a_run + i * a_row, a_row, a_column, b_run, ldb, c + i * ldc, ldc);
   }
 }

@@ -28,8 +28,6 @@ from .loop import DivergedError, Trainer, evaluate, seed_everything
 from .run_folder import RunFolder
 
 _COUNTS = ("adapter", "head", "overrides", "trainable", "total")
-
-
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
