@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from glob import glob
 from pathlib import Path
 
 from setuptools import setup
@@ -140,7 +141,7 @@ def extensions() -> dict:
     modules = [
         cpp_extension.CppExtension(
             "vitadapter_ext._C",
-            ["csrc/bind/build_info.cpp", "csrc/bind/adapter.cpp", "csrc/cpu/adapter.cpp"],
+            ["csrc/bind/build_info.cpp", "csrc/bind/adapter.cpp", *sorted(glob("csrc/cpu/*.cpp", root_dir=HERE))],
             include_dirs=[str(config), pybind11.get_include()],
             define_macros=macros,
             extra_compile_args={"cxx": cxx},

@@ -13,13 +13,11 @@ void torch_pool(int64_t begin, int64_t end, int64_t grain, cpu::RangeFunction fu
 }
 
 struct Cpu {
-  static void forward(const Tensor& x, const AdapterForward& problem) {
-    is_wide(x.scalar_type()) ? cpu::adapter_forward<double>(problem, torch_pool)
-                             : cpu::adapter_forward<float>(problem, torch_pool);
+  static void forward(const Tensor&, const AdapterForward& problem) {
+    cpu::adapter_forward(cpu::level(), problem, torch_pool);
   }
-  static void backward(const Tensor& x, const AdapterBackward& problem) {
-    is_wide(x.scalar_type()) ? cpu::adapter_backward<double>(problem, torch_pool)
-                             : cpu::adapter_backward<float>(problem, torch_pool);
+  static void backward(const Tensor&, const AdapterBackward& problem) {
+    cpu::adapter_backward(cpu::level(), problem, torch_pool);
   }
 };
 

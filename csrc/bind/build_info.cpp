@@ -6,6 +6,7 @@
 #include "vitadapter_build_config.h"  // written by setup.py
 
 namespace py = pybind11;
+namespace cpu = vitadapter::cpu;
 
 PYBIND11_MODULE(_C, module) {
   module.def("build_info", [] {
@@ -19,5 +20,11 @@ PYBIND11_MODULE(_C, module) {
     info["cuda_off_reason"] = VITADAPTER_CUDA_OFF_REASON;
     return info;
   });
-  module.def("cpu_level", &vitadapter::cpu::level);
+  module.def("cpu_level", [] { return cpu::name(cpu::level()); });
+  module.def("cpu_levels", [] {
+    py::list names;
+    for (cpu::Level level : cpu::supported_levels()) names.append(cpu::name(level));
+    return names;
+  });
+  module.def("use_cpu_level", &cpu::use_level);
 }

@@ -12,10 +12,11 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeFun
 
 // Runs body(begin, end) on disjoint ranges that cover [0, count).
 template <typename Body>
-void for_ranges(ParallelFor parallel_for, int64_t count, const Body& body) {
+void for_ranges(ParallelFor parallel_for, int64_t count, int64_t grain, const Body& body) {
   if (count == 0) return;
   parallel_for(
-      0, count, 1, [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+      0, count, grain,
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
       const_cast<Body*>(&body));
 }
 

@@ -1,0 +1,25 @@
+// The adapter op at the level avx512.
+#include "level.h"
+#if VITADAPTER_X86
+#include <immintrin.h>
+
+#include "adapter.h"
+#include "memory.h"
+#include "simd/target.h"
+
+VA_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include "adapter_simd.h"
+#include "simd/avx512.h"
+
+namespace vitadapter::cpu {
+
+void adapter_forward_avx512(const AdapterForward& problem, ParallelFor parallel_for) {
+  forward<Floats<Avx512>>(problem, parallel_for);
+}
+void adapter_backward_avx512(const AdapterBackward& problem, ParallelFor parallel_for) {
+  backward<Floats<Avx512>>(problem, parallel_for);
+}
+
+}  // namespace vitadapter::cpu
+VA_TARGET_END
+#endif
