@@ -1,9 +1,12 @@
-"""What do all tests share? The devices, seeded randomness, and the accuracy rule of the kernels."""
+"""What do all tests share? The devices and CPU levels, seeded randomness, and the accuracy rule of the kernels."""
 
+import contextlib
 import os
 
 import pytest
 import torch
+
+from vitadapter_ext import _C
 
 # One thread, here and in the processes that tests start: tensors this small gain nothing from more, and on a busy
 # machine the threads wait for each other. `test_the_same_bits_for_any_number_of_threads` sets its own numbers.
@@ -13,8 +16,45 @@ os.environ["OMP_NUM_THREADS"] = "1"
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, no_gpu])])
-def device(request) -> str:
+CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, no_gpu])
+LEVELS = ("portable", "avx2", "avx512", "bf16")
+
+
+def on_levels(prefix: str = "") -> list:
+    """A parameter for each CPU level; what this machine lacks is skipped."""
+    has = _C.cpu_levels()
+    skip = {level: pytest.mark.skipif(level not in has, reason=f"this machine has no {level}") for level in LEVELS}
+    return [pytest.param(prefix + level, marks=skip[level]) for level in LEVELS]
+
+
+@contextlib.contextmanager
+def at_level(level: str):
+    """The CPU kernels run at this level, and afterwards at the one before."""
+    before = _C.cpu_level()
+    _C.use_cpu_level(level)
+    try:
+        yield
+    finally:
+        _C.use_cpu_level(before)
+
+
+@pytest.fixture(params=on_levels())
+def cpu_level(request):
+    with at_level(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[*on_levels("cpu-"), CUDA])
+def device(request):
+    """Each type of device; the CPU once at each level, for what the levels compute each in their own way."""
+    name, _, level = request.param.partition("-")
+    with at_level(level) if level else contextlib.nullcontext():
+        yield name
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def plain_device(request) -> str:
+    """Each type of device, for what the CPU level does not touch: float64, and all but the kernels."""
     return request.param
 
 

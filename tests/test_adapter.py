@@ -1,4 +1,5 @@
-"""Is the mathematics of the `adapter` op right? Against the float64 reference and plain PyTorch, on every device."""
+"""Is the mathematics of the `adapter` op right? Against the float64 reference and plain PyTorch, on every device and at
+every CPU level."""
 
 import itertools
 
@@ -15,8 +16,8 @@ from vitadapter_ext.ops.adapter import ACTIVATIONS
 
 @pytest.mark.parametrize("shape", [(70, 33), (3, 50, 96), (2, 3, 11, 16), (257,)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_and_blocks_of_rows_in_float64(device, shape, activation):
-    check_float64(device, shape, 9, activation, True, "channel", True, (0.2, 0.1, 0.5), 7)
+def test_activations_and_blocks_of_rows_in_float64(plain_device, shape, activation):
+    check_float64(plain_device, shape, 9, activation, True, "channel", True, (0.2, 0.1, 0.5), 7)
 
 
 def check_float64(device, shape, rank, activation, bias, scale, residual, probabilities, seed):
@@ -89,6 +90,7 @@ def test_every_float16_and_bfloat16_is_read_and_written_exactly(device):
         finite_only = torch.where(every.isnan(), 0, every)
         read = adapter(torch.zeros(65536, device=device), **empty, residual=finite_only)
         assert torch.equal(read, finite_only.float())
+        assert torch.equal(adapter(finite_only, **empty), finite_only)
         # Halfway between two neighbours, just below and just above it, and beyond the largest.
         wide = finite_only.float()
         for other in (wide * (1 + 2**-9), wide * (1 + 2**-12), wide * (1 + 2**-9 + 2**-20), wide * 0.75):

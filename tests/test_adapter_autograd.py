@@ -12,9 +12,9 @@ from vitadapter_ext.ops import adapter
 
 @pytest.mark.parametrize("scale", ["channel", "scalar", 0.7])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "identity"])
-def test_gradcheck(device, activation, scale):
-    arguments = make((2, 3, 5), 4, device=device, scale=scale)
-    seed = torch.tensor([5], device=device)
+def test_gradcheck(plain_device, activation, scale):
+    arguments = make((2, 3, 5), 4, device=plain_device, scale=scale)
+    seed = torch.tensor([5], device=plain_device)
 
     def op(*tensors):
         named = dict(zip(tensors_of(arguments), tensors, strict=True))
@@ -24,9 +24,9 @@ def test_gradcheck(device, activation, scale):
 
 
 @pytest.mark.parametrize("save", [True, False])
-def test_opcheck(device, save):
-    a = {k: v.detach().float() if isinstance(v, torch.Tensor) else v for k, v in make(device=device).items()}
-    seed = torch.tensor([3], device=device)
+def test_opcheck(plain_device, save):
+    a = {k: v.detach().float() if isinstance(v, torch.Tensor) else v for k, v in make(device=plain_device).items()}
+    seed = torch.tensor([3], device=plain_device)
     settings = (1.0, 0, 0.1, 0.1, 0.1, torch.float32, False)
     operands = (a["down"], a["down_bias"], a["up"], a["up_bias"], a["scale"], seed)
     forward = (a["x"], a["residual"], *operands, *settings, save)
@@ -72,11 +72,11 @@ def test_forward_mode_is_refused_clearly():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_a_graph_break(device, dropout, dynamic):
-    module = FusedAdapter(24, 5, scale="channel", dropout=dropout, drop_path=dropout, init="bert").to(device)
+def test_compiles_without_a_graph_break(plain_device, dropout, dynamic):
+    module = FusedAdapter(24, 5, scale="channel", dropout=dropout, drop_path=dropout, init="bert").to(plain_device)
     twin = copy.deepcopy(module)
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic)
-    x = torch.randn(3, 7, 24, device=device)
+    x = torch.randn(3, 7, 24, device=plain_device)
     out = compiled(x)
     out.square().sum().backward()
     if dropout:

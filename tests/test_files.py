@@ -259,10 +259,10 @@ def test_overrides_do_not_change_which_backbone_it_is(tmp_path):
     assert_refused(tmp_path / "full", "is another one: the weights of", other)
 
 
-def test_onto_the_device_of_the_model(saved, device):
-    model = va.load(make().to(device), saved)
-    assert {p.device.type for p in model.parameters()} == {device}
-    model(images(model).to(device))
+def test_onto_the_device_of_the_model(saved, plain_device):
+    model = va.load(make().to(plain_device), saved)
+    assert {p.device.type for p in model.parameters()} == {plain_device}
+    model(images(model).to(plain_device))
 
 
 # Refusals
