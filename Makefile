@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test lint format cpp-test figure gpu clean
+.PHONY: train test lint format cpp-test bench figure gpu clean
 
 train: $(VENV)/package
 	$(BIN)/python -m vitadapter_ext.train $(ARGS)
@@ -33,6 +33,10 @@ cpp-test: $(VENV)/tools
 	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) --log-level=WARNING
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+# Times the ops beside plain PyTorch and torch.compile, into benchmarks/results. A part: make bench ARGS="--cells --quick"
+bench: $(VENV)/tools
+	$(BIN)/python -m benchmarks.bench_adapter $(ARGS)
 
 # Draws benchmarks/results/digits.png: accuracy and trained parameters of the default run and its baselines.
 figure: $(VENV)/package

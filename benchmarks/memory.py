@@ -1,0 +1,58 @@
+"""What does memory cost? The states of malloc in which a benchmark runs, page faults, and the growth of a process.
+
+Whether an output costs fresh pages depends on what malloc did before, not only on the output's size, so both extremes
+are pinned.
+"""
+
+import concurrent.futures
+import multiprocessing
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Read by glibc before Python starts: memory is kept for good, or every block from 1 MB on is mapped anew.
+MALLOC = {
+    "no-fault": {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "9000000000"},
+    "all-fault": {"MALLOC_MMAP_THRESHOLD_": "1048576"},
+}
+
+
+def malloc_state() -> str:
+    """Of this process: "no-fault", "all-fault", or "unpinned"."""
+    mine = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    return next((state for state, environment in MALLOC.items() if environment == mine), "unpinned")
+
+
+def page_faults(work: Callable[[], object]) -> int:
+    """How many pages the system gave this process for the first time while the work ran."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    work()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def peak_growth(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
+    """By how many bytes the resident memory of a fresh process grows at most while it runs the work that
+    `prepare(*arguments)` returns.
+
+    Raises:
+        OSError: this system has no /proc.
+    """
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_grow, prepare, arguments).result()
+
+
+def _grow(prepare: Callable[..., Callable[[], object]], arguments: tuple) -> int:
+    work = prepare(*arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far, which loading the libraries may have set
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    """Bytes."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[field].split()[0])

@@ -1,0 +1,92 @@
+"""What can this machine do at best? Its processor, the rates of its memory and of matrix products, and the time below
+which no kernel can come with them."""
+
+import mmap
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+import vitadapter_ext
+from benchmarks.interleaved import spread, take_quiet_turns, warm_up
+
+LARGE, SMALL = 12_608 * 768, 1_576 * 768  # elements of the copied float32 tensors: 39 MB and 5 MB
+FRESH = 64 << 20  # bytes
+GEMM = 2048
+GEMM_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def processor() -> dict[str, str]:
+    """Model, caches (of one core; "" where /sys does not tell) and the level of the kernels in use."""
+    try:
+        model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
+    except (OSError, TypeError):
+        model = platform.processor()
+    caches = []
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+        caches.append(f"L{level}{'' if kind == 'Unified' else kind[0].lower()} {size}")
+    return {"cpu": model, "caches": ", ".join(caches), "cpu_level": vitadapter_ext.build_info()["cpu_level"]}
+
+
+def machine_rates(rounds: int, seconds: float) -> dict[str, float]:
+    """GFLOP/s of a 2048³ product; GB/s, read plus written, of `copy_` into a warm buffer; GB/s written to fresh pages
+    of 4 KB, which are mapped and given back in the same time, as an output's are."""
+    works = {f"gemm_{_name(dtype)}": _gemm(dtype) for dtype in GEMM_DTYPES}
+    works |= {"copy_large": _copy(LARGE), "copy_small": _copy(SMALL), "fresh": _write_fresh_pages}
+    warm_up(works)
+    times, _ = take_quiet_turns(works, rounds, seconds)
+    ms = {name: spread(its_times)["median"] for name, its_times in times.items()}
+    rates = {f"gemm_{_name(d)}_GFLOP_per_s": 2 * GEMM**3 / ms[f"gemm_{_name(d)}"] / 1e6 for d in GEMM_DTYPES}
+    rates |= {
+        "copy_39MB_GB_per_s": 2 * 4 * LARGE / ms["copy_large"] / 1e6,
+        "copy_5MB_GB_per_s": 2 * 4 * SMALL / ms["copy_small"] / 1e6,
+        "fresh_pages_GB_per_s": FRESH / ms["fresh"] / 1e6,
+    }
+    return {name: round(rate, 1) for name, rate in rates.items()}
+
+
+def flops(tokens: int, dim: int, rank: int) -> dict[str, int]:
+    """Of the low-rank sandwich, forward and forward + backward."""
+    return {"forward": 4 * tokens * dim * rank, "both": 12 * tokens * dim * rank}
+
+
+def floor_ms(tokens: int, dim: int, rank: int, dtype: torch.dtype, rates: dict[str, float]) -> dict[str, float]:
+    """The larger of compulsory bytes over the copy rate and arithmetic over the rate of a product, forward and
+    forward + backward.
+
+    Forward reads x and writes y and the hidden layer (float32); backward reads grad, x and the hidden layer and writes
+    the gradient of x.
+    """
+    stream, hidden = tokens * dim * dtype.itemsize, tokens * rank * 4
+    moved = {"forward": 2 * stream + hidden, "both": 5 * stream + 2 * hidden}
+    copy = rates["copy_5MB_GB_per_s" if stream <= 4 * SMALL else "copy_39MB_GB_per_s"]
+    gemm = rates[f"gemm_{_name(dtype)}_GFLOP_per_s"]
+    return {
+        part: round(max(moved[part] / copy, arithmetic / gemm) / 1e6, 5)
+        for part, arithmetic in flops(tokens, dim, rank).items()
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _gemm(dtype: torch.dtype):
+    a, b = (torch.randn(GEMM, GEMM).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def _copy(elements: int):
+    source, target = torch.ones(elements), torch.ones(elements)
+    return lambda: target.copy_(source)
+
+
+def _write_fresh_pages() -> None:
+    # Not torch.empty: where malloc keeps what it has, its pages are fresh only once.
+    pages = mmap.mmap(-1, FRESH, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    torch.frombuffer(pages, dtype=torch.uint8).fill_(1)  # and with the last reference they are given back
