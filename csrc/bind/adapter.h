@@ -75,6 +75,22 @@ inline Tensor packed(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// A new contiguous tensor on `like`'s device; without the dispatcher, which would take as long as a small kernel.
+template <typename Sizes>
+Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto dtype_number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle created = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                                         dtype_number, device_type, device_index, &created));
+  return Tensor(created);
+}
+
 inline Operand operand(const Tensor& tensor) { return {tensor.const_data_ptr(), dtype_of(tensor.scalar_type())}; }
 inline Operand operand(const OptionalTensor& tensor) { return tensor ? operand(*tensor) : Operand{}; }
 inline Result result(const Tensor& tensor) { return {tensor.mutable_data_ptr(), dtype_of(tensor.scalar_type())}; }
@@ -225,13 +241,13 @@ std::tuple<Tensor, Tensor> adapter_forward(Tensor x, OptionalTensor residual, Te
   check(a, others);
   a = packed(a);
   const Tensor base = residual ? packed(*residual) : a.x;
-  Tensor y = torch::stable::new_empty(a.x, a.x.sizes(), promoted(a.x.scalar_type(), base.scalar_type()));
+  Tensor y = empty(a.x, a.x.sizes(), promoted(a.x.scalar_type(), base.scalar_type()));
   std::vector<int64_t> hidden_shape{0};
   if (save_hidden) {
     hidden_shape.assign(x.sizes().begin(), x.sizes().end());
     hidden_shape.back() = a.rank();
   }
-  Tensor hidden = torch::stable::new_empty(a.x, hidden_shape, hidden_dtype(x));
+  Tensor hidden = empty(a.x, hidden_shape, hidden_dtype(x));
 
   AdapterForward problem;
   describe(a, problem);
@@ -265,8 +281,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
   problem.hidden = saved.const_data_ptr();
   problem.residual_is_x = residual_is_x;
   auto gradient = [&](int bit, const OptionalTensor& of, Result& slot) {
-    if (!of || !(needs >> bit & 1)) return torch::stable::new_empty(a.x, {0});
-    Tensor out = torch::stable::new_empty(*of, of->sizes());
+    if (!of || !(needs >> bit & 1)) return empty(a.x, std::vector<int64_t>{0}, a.x.scalar_type());
+    Tensor out = empty(*of, of->sizes(), of->scalar_type());
     slot = result(out);
     return out;
   };
