@@ -207,7 +207,7 @@ inline void copy_rows(float* to, int64_t to_stride, const float* from, int64_t f
   for (int64_t i = 0; i < rows; ++i) memcpy(to + i * to_stride, from + i * from_stride, count * sizeof(float));
 }
 
-// Streaming pays where the output cannot stay in the last-level cache anyway, in whole cache lines.
+// Whether to write past the caches (memory.h), which wants whole cache lines.
 template <class E>
 bool should_stream(Result out, int64_t rows, int64_t dim) {
   const int64_t row_bytes = dim * element_size(out.dtype), panel_bytes = Panels<E>::kWidth * element_size(out.dtype);

@@ -45,7 +45,7 @@ void* workspace(Slot slot, int64_t bytes) {
 }
 
 int64_t stream_bytes() {
-  static const int64_t bytes = last_level_cache() / 2;
+  static const int64_t bytes = last_level_cache() / 16;
   return bytes;
 }
 

@@ -40,7 +40,8 @@ T laid_out(Slot slot, const Arguments&... arguments) {
   return T(pieces, arguments...);
 }
 
-// An output larger than this does not stay in the last-level cache: it is better written past it.
+// An output larger than this is better written past the caches: it is new memory, which an ordinary store would first
+// read, and by the time that it is used other tensors have taken its place.
 int64_t stream_bytes();
 
 // Asks for huge pages under a large output that nobody has written yet, which makes its first writes cheaper.
