@@ -142,13 +142,22 @@ def _relative_error(found: Tensor, right: Tensor) -> float:
     return float(f"{((found.double() - right).square().mean() / right.square().mean()).sqrt().item():.3g}")
 
 
+def repeated(work: Callable[[], object], calls: int) -> Callable[[], object]:
+    def run() -> None:
+        for _ in range(calls):
+            work()
+
+    return work if calls == 1 else run
+
+
 def measure(
-    problem: Problem, functions: dict[str, Callable[..., Tensor]], rounds: int, seconds: float
+    problem: Problem, functions: dict[str, Callable[..., Tensor]], rounds: int, seconds: float, calls: int = 1
 ) -> tuple[Times, dict[str, Any]]:
-    """Times in quiet turns, and the row that says them."""
-    works = problem.works(functions)
+    """Times of a call in quiet turns of so many calls, and the row that says them."""
+    works = {name: repeated(work, calls) for name, work in problem.works(functions).items()}
     warm_up(works)
     times, others_cores = take_quiet_turns(works, rounds, seconds)
+    times = {name: [turn / calls for turn in turns] for name, turns in times.items()}
     return times, problem.row | summarised(times, others_cores)
 
 
@@ -218,8 +227,8 @@ def test_avx2(benchmark, pytestconfig, size):
 
 @each([("float32", 16, 2, 4)])
 def test_host_cost(benchmark, pytestconfig, size):
-    """So small a tensor that all the time is what calling costs."""
-    times, row = measure(Problem(*size), EAGER_AND_OURS, *budget(pytestconfig))
+    """So small a tensor that all the time is what calling costs; many calls in a row, as layers make them."""
+    times, row = measure(Problem(*size), EAGER_AND_OURS, *budget(pytestconfig), calls=100)
     row["judged"] = {}
     for part, target in HOST_TARGETS_US.items():
         cost = 1000 * row[f"{part}_ms"]["ours"]["median"]

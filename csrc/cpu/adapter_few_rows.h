@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kFewRows = 48, kMostFewRows = 512;
 
 inline bool has_few_rows(const AdapterForward& p) {
-  return p.rank > kNarrowRank && p.rows <= most(kFewRows, least(p.rank / 2, kMostFewRows));
+  return p.rank > kNarrowRank && p.rows <= most(kFewRows, least(p.rank, kMostFewRows));
 }
 inline bool has_few_rows(const AdapterBackward& p) {
   return p.rank > kNarrowRank && p.rows <= most(kFewRows, least(2 * p.rank, kMostFewRows));

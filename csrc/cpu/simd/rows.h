@@ -115,6 +115,7 @@ void read_operand(Operand from, DType compute, int64_t count, int64_t padded, fl
     return;
   }
   read_floats<E>(from, count, floats);
+  if (from.dtype == compute) return factored_to_elements<E>(floats, compute, count, padded, to);
   floats_to_elements<E>(floats, compute, count, padded, to);
 }
 
