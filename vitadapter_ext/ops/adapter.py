@@ -35,8 +35,8 @@ def adapter(
     "Parameter-Efficient Transfer Learning for NLP", section 2.1, with Adapter+'s channel scale (CVPR 2024, eq. 5).
 
     x, residual and the parameters are each float32 or one low dtype (bfloat16 or float16), in any mix, or all float64.
-    The products' operands are read in the compute dtype, sums and what stands between them are float32 (float64). The gradients of
-    all tensors but `seed` are defined once (no double backward).
+    The products' operands are read in the compute dtype, sums and what stands between them are float32 (float64). The
+    gradients of all tensors but `seed` are defined once (no double backward).
 
     Args:
         x: (..., dim); a sample is an index of its first dimension.
