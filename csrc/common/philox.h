@@ -33,17 +33,28 @@ struct Dropout {
   Stream stream = Stream::kDropout;
   double p = 0;
 
-  VA_HOST_DEVICE bool active() const { return p > 0; }
+  Dropout() = default;
+  Dropout(const int64_t* seed, Stream stream, double p)
+      : seed(seed),
+        stream(stream),
+        p(p),
+        on(p > 0),
+        dropped_below(uint32_t(p * 4294967296.0)),
+        scale(1.0 / (1.0 - p)),
+        scale_float(float(scale)) {}
 
-  VA_HOST_DEVICE Philox4 words(int64_t row, int64_t column) const {
-    return philox(uint64_t(*seed), uint32_t(column >> 2), uint32_t(row), uint32_t(uint64_t(row) >> 32),
-                  uint32_t(stream));
+  VA_HOST_DEVICE bool active() const { return on; }
+
+  // The draw of four columns, with *seed read before or now.
+  VA_HOST_DEVICE Philox4 words(int64_t row, int64_t column) const { return words(uint64_t(*seed), row, column); }
+  VA_HOST_DEVICE Philox4 words(uint64_t key, int64_t row, int64_t column) const {
+    return philox(key, uint32_t(column >> 2), uint32_t(row), uint32_t(uint64_t(row) >> 32), uint32_t(stream));
   }
 
   // 0 where the word drops its element, else 1/(1-p).
   template <typename T>
   VA_HOST_DEVICE T factor(uint32_t word) const {
-    return word >= uint64_t(p * 4294967296.0) ? T(1.0 / (1.0 - p)) : T(0);
+    return word < dropped_below ? T(0) : sizeof(T) == sizeof(float) ? T(scale_float) : T(scale);
   }
 
   // The factor of one element; 1 everywhere where dropout is off.
@@ -51,6 +62,13 @@ struct Dropout {
   VA_HOST_DEVICE T at(int64_t row, int64_t column) const {
     return active() ? factor<T>(words(row, column).word[column & 3]) : T(1);
   }
+
+ private:
+  // Of p, once and not for each element: a GPU has little float64.
+  bool on = false;
+  uint32_t dropped_below = 0;
+  double scale = 1;
+  float scale_float = 1;
 };
 
 }  // namespace vitadapter
