@@ -1,43 +1,32 @@
-// One thread an index, with nothing shared between threads: under nvcc a grid-stride kernel, under a host compiler a
-// plain loop, so that kernels made of such maps run in the C++ tests of a machine without a GPU.
+// One thread an index, with nothing shared between threads: the form of the simple kernels.
 #pragma once
 
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#include <cuda_runtime.h>
-#endif
+#include "simt.cuh"
 
 namespace vitadapter::cuda {
 
-// A cudaStream_t, without the toolkit's headers.
-using Stream = void*;
+template <typename Map>
+struct ForEach {
+  static constexpr int kMaxThreads = 256, kMinBlocks = 1;
+  static constexpr bool kNeedsSm80 = false;
 
-#if defined(__CUDACC__)
+  int64_t count;
+  Map map;
 
-template <typename Body>
-__global__ void for_each_kernel(int64_t count, const Body body) {
-  const int64_t stride = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) body(i);
-}
+  VA_DEVICE void operator()() const {
+    const int64_t stride = block_count() * thread_count();
+    for (int64_t i = block_index() * thread_count() + thread_index(); i < count; i += stride) map(i);
+  }
+};
 
-template <typename Body>
-void for_each(Stream stream, int64_t count, const Body& body) {
-  constexpr int kThreads = 256;
+// map(i) for every i in [0, count).
+template <typename Map>
+void for_each(Stream stream, int64_t count, const Map& map) {
+  constexpr int kThreads = ForEach<Map>::kMaxThreads;
   constexpr int64_t kMaxBlocks = 1 << 20;
   if (count == 0) return;
   const int64_t blocks = (count + kThreads - 1) / kThreads;
-  for_each_kernel<<<unsigned(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, cudaStream_t(stream)>>>(count,
-                                                                                                              body);
+  launch(stream, blocks < kMaxBlocks ? blocks : kMaxBlocks, kThreads, 0, ForEach<Map>{count, map});
 }
-
-#else
-
-template <typename Body>
-void for_each(Stream, int64_t count, const Body& body) {
-  for (int64_t i = 0; i < count; ++i) body(i);
-}
-
-#endif
 
 }  // namespace vitadapter::cuda
