@@ -151,7 +151,7 @@ def extensions() -> dict:
         modules.append(
             cpp_extension.CUDAExtension(
                 "vitadapter_ext._cuda",
-                ["csrc/bind/adapter_cuda.cpp", "csrc/cuda/adapter_simple.cu"],
+                ["csrc/bind/adapter_cuda.cpp", *sorted(glob("csrc/cuda/*.cu", root_dir=HERE))],
                 # USE_CUDA opens the CUDA part of torch's stable headers.
                 define_macros=[*macros, ("USE_CUDA", None)],
                 extra_compile_args={"cxx": cxx, "nvcc": ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden"]},

@@ -190,7 +190,7 @@ def test_cuda_graphs_streams_and_repeated_runs_give_the_same_bits():
 @no_gpu
 def test_a_parameter_on_another_device_is_refused():
     x = torch.randn(2, 24, device="cuda")
-    with pytest.raises(RuntimeError, match="down and x are on different devices"):
+    with pytest.raises(RuntimeError, match="down is on cpu and x on cuda:0; all tensors"):
         adapter(x, torch.randn(3, 24), torch.randn(24, 3, device="cuda"))
 
 

@@ -36,6 +36,14 @@ def test_no_symbol_outside_the_stable_abi(library):
     assert "aoti_torch" in symbols.stdout and not unstable
 
 
+@pytest.mark.skipif(bool(va.build_info()["cuda_off_reason"]), reason="the CUDA library is not loaded")
+def test_the_plan_of_the_cuda_kernels_can_be_chosen_without_a_gpu():
+    torch.ops.vitadapter.use_cuda_plan(64, 1)
+    torch.ops.vitadapter.use_cuda_plan(0, -1)
+    with pytest.raises(RuntimeError, match="tile_rows is 7 and keep 2; accepted are"):
+        torch.ops.vitadapter.use_cuda_plan(7, 2)
+
+
 def test_importing_is_light():
     code = "import sys, vitadapter_ext; print({'timm', 'sklearn', 'matplotlib', 'torchvision'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

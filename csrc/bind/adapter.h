@@ -56,6 +56,14 @@ std::string shape_text(const Sizes& sizes) {
 }
 inline std::string shape_text(const Tensor& tensor) { return shape_text(tensor.sizes()); }
 
+inline std::string device_text(const Tensor& tensor) {
+  const torch::headeronly::DeviceType type = tensor.device().type();
+  const std::string name = type == torch::headeronly::DeviceType::CPU    ? "cpu"
+                           : type == torch::headeronly::DeviceType::CUDA ? "cuda"
+                                                                         : "another device";
+  return tensor.device().has_index() ? name + ":" + std::to_string(tensor.device().index()) : name;
+}
+
 template <typename Sizes>
 bool has_shape(const Tensor& tensor, const Sizes& sizes) {
   const auto own = tensor.sizes();
@@ -146,7 +154,8 @@ inline void check_devices_and_dtypes(const std::vector<NamedTensor>& tensors, Sc
     low = type;
   };
   for (const NamedTensor& each : tensors) {
-    VA_CHECK(each.tensor.device() == x.device(), "adapter: ", each.name, " and x are on different devices");
+    VA_CHECK(each.tensor.device() == x.device(), "adapter: ", each.name, " is on ", device_text(each.tensor),
+             " and x on ", device_text(x), "; all tensors of a call must be on one device");
     check_dtype(each.name, each.tensor.scalar_type());
   }
   check_dtype("the compute dtype", compute);

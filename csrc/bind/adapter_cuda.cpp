@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <atomic>
+
 #include "../cuda/adapter.h"
 #include "adapter.h"
 
@@ -23,8 +25,31 @@ T* workspace(const Tensor& like, int64_t count, Tensor& owner) {
   return static_cast<T*>(owner.mutable_data_ptr());
 }
 
+// For tests and sweeps, of the whole process: -1 rows in a tile are the simple kernels.
+constexpr int64_t kSimple = -1;
+std::atomic<int64_t> asked_tile_rows{0}, asked_keep{-1};
+
+void use_cuda_plan(int64_t tile_rows, int64_t keep) {
+  VA_CHECK(tile_rows >= kSimple && tile_rows <= 1024 && keep >= -1 && keep <= 1, "use_cuda_plan: tile_rows is ",
+           tile_rows, " and keep ", keep,
+           "; accepted are -1 (the simple kernels), 0 (open) or a number of rows up to 1024, and -1 (open), 0 or 1");
+  asked_tile_rows = tile_rows;
+  asked_keep = keep;
+}
+
+// Whether a fast kernel has done it.
+bool forward_fast(const Tensor& x, const AdapterForward& p) {
+  const int64_t tile_rows = asked_tile_rows, keep = asked_keep;
+  if (tile_rows == kSimple) return false;
+  const bool done = cuda::adapter_forward_fast(p, current_stream(x), {int(tile_rows), int(keep)});
+  VA_CHECK(done || (tile_rows == 0 && keep == -1), "adapter: no fast kernel serves this with tile_rows ", tile_rows,
+           " and keep ", keep, ", as use_cuda_plan asks");
+  return done;
+}
+
 template <typename T>
 void forward(const Tensor& x, const AdapterForward& p) {
+  if (forward_fast(x, p)) return;
   // The simple kernel always goes through a stored hidden layer.
   Tensor owner = x;
   T* hidden = p.hidden ? static_cast<T*>(p.hidden) : workspace<T>(x, p.rows * p.rank, owner);
@@ -54,6 +79,12 @@ struct Cuda {
 };
 
 }  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vitadapter, library) { library.def("use_cuda_plan(int tile_rows, int keep) -> ()"); }
+
+STABLE_TORCH_LIBRARY_IMPL(vitadapter, CompositeExplicitAutograd, library) {
+  library.impl("use_cuda_plan", TORCH_BOX(&use_cuda_plan));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(vitadapter, CUDA, library) {
   library.impl("adapter_forward", TORCH_BOX(&adapter_forward<Cuda>));

@@ -1,0 +1,22 @@
+// The parts of cuda_test, a file each.
+#pragma once
+
+#include <string>
+
+namespace vitadapter::test {
+
+// Every function prints what it ran and what failed, and returns the number of failures.
+
+// emulator_test.cpp
+int check_emulator();
+
+// cuda_adapter_test.cpp
+int check_adapter_samples(int seed, int most);
+int check_adapter_limits();
+int check_adapter_faults();
+int check_adapter_everywhere(int part, int parts);
+// {"kernel": {"sm_80": {"threads": ..., "shared": ...}, ...}, ...}: how the kernels are launched on three
+// architectures.
+std::string adapter_launches();
+
+}  // namespace vitadapter::test
