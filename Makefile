@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test lint format cpp-test bench figure gpu clean
+.PHONY: train test lint format cpp-build cpp-test emulate-all resources bench figure gpu clean
 
 train: $(VENV)/package
 	$(BIN)/python -m vitadapter_ext.train $(ARGS)
@@ -29,10 +29,24 @@ format: $(VENV)/tools
 	$(BIN)/clang-format -i $(CPP)
 
 # The kernels without Python, under AddressSanitizer and UBSan; and every CUDA kernel compiled where nvcc is there.
-cpp-test: $(VENV)/tools
+cpp-build: $(VENV)/tools
 	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) --log-level=WARNING
 	$(BIN)/cmake --build build/cmake
-	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+# Every CUDA kernel runs on the CPU there; each program prints how many cases.
+cpp-test: cpp-build
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure --verbose --parallel 2
+
+# Every combination of sizes and dtypes through every CUDA kernel on the CPU, on two cores: half an hour.
+emulate-all: cpp-build
+	build/cmake/cuda_test everywhere 1/2 & first=$$!; build/cmake/cuda_test everywhere 2/2; second=$$?; \
+	  wait $$first && exit $$second
+
+# Writes what ptxas says of every CUDA kernel into benchmarks/results/resources.md, where nvcc is there. With ARGS=--check
+# nothing is written: it fails where a kernel spills, or where the committed table is an old one.
+resources: cpp-build
+	build/cmake/cuda_test launches > build/cmake/launches.json
+	$(BIN)/python -m benchmarks.resources --launches build/cmake/launches.json $(ARGS)
 
 # Times the ops beside plain PyTorch and torch.compile, into benchmarks/results. A part: make bench ARGS="--cells --quick"
 bench: $(VENV)/tools
@@ -43,9 +57,9 @@ figure: $(VENV)/package
 	$(BIN)/python -m benchmarks.digits
 
 # On a machine with a GPU, with that machine's own Python and torch, without a network. Where there is no GPU the command
-# says so and ends with 3.
+# says so and ends with 3. Some phases only: make gpu ARGS="build sweep"; another Python: make gpu PYTHON=/usr/bin/python3
 gpu:
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info vitadapter_ext/*.so
