@@ -63,9 +63,9 @@ def adapter(
     if seed is None and (dropout or dropout_out or drop_path):
         seed = torch.randint(2**63 - 1, (1,), device=x.device)
     device = x.device.type
-    if not has_kernels(device):
+    if not has_kernels(x.device):
         if not torch.compiler.is_compiling():
-            warn_without_kernels(device)
+            warn_without_kernels(x.device)
         _check(x, residual, down, down_bias, up, up_bias, scale, (dropout, dropout_out, drop_path))
         with torch.autocast(device, enabled=False):
             return reference.adapter(
