@@ -1,137 +1,249 @@
-"""What does a machine with a GPU say? `make gpu`: builds for the GPU that is there, runs the `cuda` tests and
-compute-sanitizer, takes first timings, and writes all that to `benchmarks/results/`; no network is needed.
+"""What does a machine with a GPU say? `make gpu` builds for the GPU that is there, runs the `cuda` tests and
+compute-sanitizer, measures what benchmarks/gpu_cells.py lists, and sets every number beside its target, into
+`benchmarks/results/<gpu>.md` and `.json`. No network is needed. All of it ends within 8 minutes: a phase that takes too
+long is stopped, and one that fails is not the end of the others; both stand in the tables.
 
-Ends with 0; with 1 where the build or a test failed; without a GPU with 3, of which make itself makes its own 2.
+    python -m benchmarks.gpu build sweep      # some phases only, printed and not written
+
+Ends with 0, whether or not the targets are reached; with 1 where the build, a test or a measurement failed; without a
+GPU with 3, of which make itself makes its own 2.
 """
 
+import argparse
+import contextlib
+import importlib.util
 import json
 import os
+import re
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 try:
     import torch
-    import torch.nn.functional as F
 except ImportError:
     sys.exit("make gpu: this Python has no torch; name one that has: make gpu PYTHON=...")
+
+from benchmarks import gpu_report, report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-DIM = 768
-# (tokens, rank, dtype): one image batch of ViT-B/16 and a large one, a narrow and a wide bottleneck.
-CELLS = [(n, r, dtype) for n in (12_608, 100_864) for r in (8, 64) for dtype in (torch.bfloat16, torch.float32)]
+SECONDS = 8 * 60 - 15  # for all phases; the rest is for Python to start, write and stop
+# Phases in their order, with the seconds that each may take.
+LIMITS = {
+    "build": 240,
+    "checks": 150,
+    "bandwidth": 45,
+    "ratios": 110,
+    "host": 30,
+    "launches": 40,
+    "grid": 60,
+    "sweep": 60,
+    "autotune": 150,
+}
+LEAST = 15  # seconds: with less a phase does not begin
+START = 10  # seconds of a phase's time for a process to import torch and to end
+
+TEST_FILES = [f"tests/test_adapter{part}.py" for part in ("", "_autograd", "_behaviour", "_cuda")]
+# Small cases of each kind: the sanitizer slows everything down a hundredfold.
+SANITIZED = "a_few_of_each_kind"
+
+Phase = dict[str, Any]
 
 
-def run(*command: str, **environment: str) -> bool:
-    """Runs a command from the repository's root, its output shown; whether it ended well."""
-    print("$", " ".join(command), flush=True)
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode == 0
+def start(command: list[str], log: Path | None = None, **environment: str) -> subprocess.Popen:
+    """Starts a command from the repository's root, in a process group of its own; output to the log, else shown."""
+    print("$", " ".join(f"{name}={value}" for name, value in environment.items()), *command, flush=True)
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("w")) if log else None
+        return subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=output, start_new_session=True
+        )
 
 
-def median_ms(works: list[Callable[[], object]], repeats: int = 20) -> list[float]:
-    """The median time of each piece of work on the GPU (ms); they take turns, so that clocks and caches favour none."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # larger than any L2
-    ahead = 2_000_000  # clock ticks, about 1 ms: the GPU waits until the host has launched everything
-    times = [[] for _ in works]
-    for repeat in range(repeats + 3):
-        for work, its_times in zip(works, times, strict=True):
-            flush.zero_()
-            torch.cuda._sleep(ahead)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            end.synchronize()
-            if repeat >= 3:
-                its_times.append(begin.elapsed_time(end))
-    return [statistics.median(its_times) for its_times in times]
+def finish(process: subprocess.Popen, deadline: float) -> int | None:
+    """The exit status; None where the process, stopped with all that it started, did not end in time."""
+    try:
+        return process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def eager(x, down, down_bias, up, up_bias):
-    return x + F.linear(F.gelu(F.linear(x, down, down_bias)), up, up_bias)
+def build(seconds: float) -> Phase:
+    deadline = time.monotonic() + seconds
+    major, minor = torch.cuda.get_device_capability()
+    environment = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "VITADAPTER_CUDA": "1"}
+    # Without the second, plain PyTorch would be tested and timed.
+    has_kernels = "assert _library.has_kernels(torch.device('cuda', 0)), _library.build_info()"
+    for command in (
+        ["setup.py", "build_ext", "--inplace"],
+        ["-c", f"import torch; from vitadapter_ext import _library; {has_kernels}"],
+    ):
+        ended = finish(start([sys.executable, *command], **environment), deadline)
+        if ended != 0:
+            return {"status": "out of time" if ended is None else f"failed: {' '.join(command)[:40]}", "well": False}
+    return {"status": "complete", "well": True}
 
 
-def time_cell(tokens: int, rank: int, dtype: torch.dtype) -> dict:
-    """Forward (as in training: with what backward needs), and forward + backward, of ours, eager and `torch.compile`;
-    and the copy rate of the same run."""
-    from vitadapter_ext.ops import adapter
-
-    torch._dynamo.reset()  # or the kernels of an earlier cell would serve this one with symbolic sizes
-
-    def tensor(*shape):
-        return (torch.randn(*shape, device="cuda") * shape[-1] ** -0.5).to(dtype).requires_grad_()
-
-    x, down, down_bias = tensor(tokens, DIM), tensor(rank, DIM), tensor(rank)
-    up, up_bias, grad = tensor(DIM, rank), tensor(DIM), torch.randn(tokens, DIM, device="cuda", dtype=dtype)
-    inputs = (x, down, down_bias, up, up_bias)
-
-    def ours(x, down, down_bias, up, up_bias):
-        return adapter(x, down, up, down_bias=down_bias, up_bias=up_bias)
-
-    functions = {"ours": ours, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
-    forward, both = {}, {}
-    for name, function in functions.items():
-        forward[name] = lambda f=function: f(*inputs)
-        both[name] = lambda f=function: torch.autograd.grad(f(*inputs), inputs, grad)
-    source, target = x.detach(), torch.empty_like(x)
-    works = [*forward.values(), *both.values(), lambda: target.copy_(source)]
-    *times, copy_ms = median_ms(works)
-    row = {"tokens": tokens, "rank": rank, "dtype": str(dtype).removeprefix("torch.")}
-    row |= {f"forward_ms_{name}": t for name, t in zip(functions, times[:3], strict=True)}
-    row |= {f"both_ms_{name}": t for name, t in zip(functions, times[3:], strict=True)}
-    row["copy_GB_per_s"] = 2 * x.numel() * x.element_size() / copy_ms / 1e6
-    return row
+def check_commands() -> dict[str, list[str]]:
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda"]
+    tests += ["-o", "faulthandler_timeout=60"]  # so that a test that hangs is named before its process is stopped
+    workers = ["-n", "6"] if importlib.util.find_spec("xdist") else []
+    commands = {"tests": [*tests, *workers, *TEST_FILES]}
+    if shutil.which("compute-sanitizer"):
+        for tool in ("memcheck", "racecheck"):
+            sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no"]
+            commands[tool] = [*sanitizer, *tests, "-k", SANITIZED, TEST_FILES[-1]]
+    return commands
 
 
-def table(rows: list[dict]) -> str:
-    lines = [
-        f"| tokens × {DIM} | rank | dtype | forward ours / eager / compile (ms) | forward + backward (ms) |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [
-            " / ".join(f"{row[f'{part}_ms_{name}']:.3f}" for name in ("ours", "eager", "compile"))
-            for part in ("forward", "both")
-        ]
-        lines.append(f"| {row['tokens']} | {row['rank']} | {row['dtype']} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
+def verdict(name: str, ended: int | None, log: str) -> tuple[str, bool]:
+    """How the tests, alone or under a tool of compute-sanitizer, went, and whether that is well: a tool that could not
+    do its work has not found anything."""
+    passed = re.findall(r"^=*\s*(\d+ passed.*?)(?: in .*)?$", log, re.MULTILINE)
+    if name == "tests":
+        if ended is None:
+            return "did not finish in time", False
+        return (f"{passed[-1]}", True) if ended == 0 and passed else ("failed", False)
+    problems = [int(count) for count in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", log)]
+    # One that was stopped, or crashed, has no summary, and may have found something all the same.
+    reports = re.findall(r"^=+ (?:Invalid |Error: |.*Race reported|.*hazard detected)", log, re.MULTILINE)
+    found = sum(problems) or len(reports)
+    if found:
+        return f"found {found} problems", False
+    if ended is None:
+        return "did not finish in time", True
+    if "Device not supported" in log or not (
+        problems or re.search(r"^=*\s*\d+ (passed|failed|error)", log, re.MULTILINE)
+    ):
+        return "could not run here", True
+    return (f"{passed[-1]}", True) if ended == 0 and passed else ("failed", False)
 
 
-def main() -> int:
+def checks(seconds: float) -> Phase:
+    """The tests and the sanitizer's tools beside each other: nothing is timed here."""
+    deadline = time.monotonic() + seconds
+    words, well = [], True
+    with tempfile.TemporaryDirectory() as folder:
+        running = {}
+        try:
+            for name, command in check_commands().items():
+                # Every tensor in memory of its own, or memcheck would not see where one ends.
+                own_memory = {} if name == "tests" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+                running[name] = start(command, Path(folder, name), **own_memory)
+        finally:
+            ended = {name: finish(process, deadline) for name, process in running.items()}
+        for name, status in ended.items():
+            log = Path(folder, name).read_text(errors="replace")
+            word, is_well = verdict(name, status, log)
+            print(f"\n--- {name}: {word}", *log.splitlines()[-5 if is_well else -80 :], sep="\n", flush=True)
+            words.append(f"{name}: {word}")
+            well &= is_well
+    if len(words) == 1:
+        words.append("compute-sanitizer was not found")
+    return {"status": "; ".join(words), "well": well}
+
+
+def cells(name: str, seconds: float) -> Phase:
+    """A phase of benchmarks/gpu_cells.py, in a process of its own."""
+    deadline = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "rows")
+        soft = str(max(1, round(seconds - START)))
+        ended = finish(start([sys.executable, "-m", "benchmarks.gpu_cells", name, str(file), soft]), deadline)
+        lines = file.read_text().splitlines() if file.exists() else []
+    rows = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):  # a process that was stopped may leave half a line
+            rows.append(json.loads(line))
+    status = rows.pop()["end"] if rows and "end" in rows[-1] else "out of time"
+    if ended not in (0, None):
+        status = f"failed: exit status {ended}"
+    errors = sum("error" in row for row in rows)
+    if errors and not status.startswith("failed"):
+        status = f"failed: {errors} of {len(rows)} cells; {status}"
+    return {"status": status, "well": not status.startswith("failed"), "rows": rows}
+
+
+def run_phase(name: str, left: float) -> Phase:
+    """Runs a phase in the time that is left for all; what it raises becomes its status."""
+    begin = time.monotonic()
+    seconds = min(LIMITS[name], left)
+    measures = name not in ("build", "checks")
+    phase: Phase = {"rows": []} if measures else {}
+    if left < LEAST:
+        phase |= {"status": "no time was left", "well": measures}
+    else:
+        try:
+            phase |= cells(name, seconds) if measures else {"build": build, "checks": checks}[name](seconds)
+        except Exception as error:
+            phase |= {"status": f"failed: {type(error).__name__}: {error}", "well": False}
+    return {"status": phase.pop("status"), "seconds": round(time.monotonic() - begin), **phase}
+
+
+def facts() -> dict[str, str]:
+    from benchmarks.record import made_with  # now that there is a library to import
+
+    major, minor = torch.cuda.get_device_capability()
+    return {**made_with("make gpu"), "capability": f"{major}.{minor}", "cuda": str(torch.version.cuda)}
+
+
+def write(record: dict[str, Any]) -> list[Path]:
+    """The record and its tables; after every phase, so that nothing is lost where the rest is."""
+    RESULTS.mkdir(exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", record["gpu"].lower()).strip("-")
+    flat = record | {"phases": {n: {k: v for k, v in p.items() if k != "rows"} for n, p in record["phases"].items()}}
+    flat |= {n: phase["rows"] for n, phase in record["phases"].items() if "rows" in phase}
+    files = [RESULTS / f"{name}.json", RESULTS / f"{name}.md"]
+    files[0].write_text(report.json_text(flat))
+    files[1].write_text(gpu_report.document(record))
+    return files
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="make gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("phases", nargs="*", metavar="phase", help=f"{', '.join(LIMITS)}; all by default")
+    chosen = parser.parse_args(arguments).phases
+    if unknown := set(chosen) - set(LIMITS):
+        parser.error(f"there is no phase {', '.join(sorted(unknown))}; there are {', '.join(LIMITS)}")
     if not torch.cuda.is_available():
         print("make gpu: this machine has no NVIDIA GPU that torch can use; nothing was built, run or timed")
         return 3
-    major, minor = torch.cuda.get_device_capability()
-    build = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "VITADAPTER_CUDA": "1"}
-    if not run(sys.executable, "setup.py", "build_ext", "--inplace", **build):
-        return 1
-    from benchmarks.record import made_with  # now that there is a library to import
-
-    record = made_with("make gpu")
-    files = [f"tests/test_adapter{part}.py" for part in ("", "_autograd", "_behaviour")]
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", *files]
-    record["tests_passed"] = run(*tests)
-    if shutil.which("compute-sanitizer"):
-        # Small cases of each kind: the sanitizer slows everything down a hundredfold.
-        few = "rank_zero or no_rows or strided or cuda_graphs or (dtype_mixes and shape1 and float32-float32)"
-        sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--report-api-errors", "no"]
-        record["sanitizer_passed"] = run(*sanitizer, *tests, "-k", few)
-    else:
-        record["sanitizer_passed"] = "compute-sanitizer was not found"
-
-    record["rows"] = [time_cell(*cell) for cell in CELLS]
-    print(table(record["rows"]))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"gpu-{record['gpu'].replace(' ', '-').lower()}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {path.relative_to(ROOT)}; tests passed: {record['tests_passed']}")
-    return 0 if record["tests_passed"] and record["sanitizer_passed"] is not False else 1
+    end = time.monotonic() + SECONDS
+    record: dict[str, Any] = {}
+    phases: dict[str, Phase] = {}
+    files: list[Path] = []
+    for name in [name for name in LIMITS if name in chosen] if chosen else LIMITS:
+        print(f"\n== {name}", flush=True)
+        phases[name] = run_phase(name, end - time.monotonic())
+        print(f"{name}: {phases[name]['status']} ({phases[name]['seconds']} s)", flush=True)
+        if name == "build":
+            if not phases[name]["well"]:
+                return 1  # there is nothing to run, and no result to put in the place of an earlier one
+            continue
+        if "rows" in phases[name]:
+            print(gpu_report.phase_table(name, phases[name]), flush=True)
+        record = (record or facts()) | {"targets": gpu_report.targets(phases), "phases": phases}
+        if not chosen:
+            files = write(record)
+    if record:
+        print(f"\n{gpu_report.targets_table(record['targets'])}\n\n{gpu_report.phases_table(phases)}")
+    print(*(f"written to {path.relative_to(ROOT)}" for path in files), sep="\n")
+    return 0 if all(phase["well"] for phase in phases.values()) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,383 @@
+"""Does `make gpu` keep to its time, say what failed, and set numbers beside the right targets? Without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_cells, gpu_plans, gpu_report
+
+TINY = (16, 4, 6)  # dim, rank, tokens
+
+
+def spreads(unit: str = "ms", **medians: float) -> dict:
+    return {unit: {name.replace("_", " "): {"median": m, "p20": m, "p80": m} for name, m in medians.items()}}
+
+
+def row(mix="bfloat16", rank=64, tokens=131_072, **facts) -> dict:
+    return {"mix": mix, "dim": 768, "rank": rank, "tokens": tokens, **facts}
+
+
+def phase(*rows, status="complete", **facts) -> dict:
+    return {"status": status, "well": True, "seconds": 1, "rows": list(rows), **facts}
+
+
+LAUNCHES = {
+    "kernels": {"ours": {"forward": 1, "both": 5}, "eager": {"forward": 4, "both": 12}},
+    "kernel_names": {"forward": ["sandwich"], "both": ["sandwich", "a", "b", "c", "d"]},
+    "waits": {"forward": False, "both": True},
+}
+PHASES = {
+    "build": {"status": "complete", "well": True, "seconds": 60},
+    "checks": {"status": "tests: 3 passed", "well": True, "seconds": 60},
+    "bandwidth": phase(
+        row(share=0.86, GB_per_s=3700, TFLOP_per_s=90.0, **spreads(ours=0.1, copy=0.09)),
+        row(rank=256, share=0.3, GB_per_s=1300, TFLOP_per_s=200.0, **spreads(ours=0.4, copy=0.09)),
+        status="out of time",
+    ),
+    "ratios": phase(
+        row(**spreads(ours=1.0, eager=3.2, compile=1.4)),
+        row(mix="bfloat16, residual", **spreads(ours=1.0, eager=2.2, compile=1.6)),
+        row(rank=8, error="ArithmeticError: the output differs"),
+    ),
+    "host": phase(row(**spreads("us", forward_ours=16, both_ours=50, forward_eager=40, both_eager=90))),
+    "launches": phase(row(**LAUNCHES)),
+    "grid": phase(row(**spreads(ours=1.0, eager=2.0)), row(rank=3, **spreads(ours=1.0, eager=0.8))),
+    "sweep": phase(row(unfit=["16 rows kept"], **spreads(automatic=0.12, simple=3.0, fast=0.11))),
+    "autotune": phase(status="no time was left"),
+}
+
+
+def test_every_number_stands_beside_its_target():
+    found = gpu_report.targets(PHASES)
+    by_what = {}
+    for judged in found:
+        by_what.setdefault(judged["what"], []).append(judged.get("target"))
+    assert by_what["forward, share of copy rate"] == [0.85, 0.35]
+    assert by_what["forward over eager"] == [3.0, 2.1]
+    assert by_what["forward over compile"] == [1.5, 1.5]
+    verdicts = {(j["what"], j["size"]): j["verdict"] for j in found}
+    large = "131,072 × 768 r"
+    assert verdicts["forward, share of copy rate", f"bfloat16 {large} 64"] == "reached"
+    assert verdicts["forward, share of copy rate", f"bfloat16 {large} 256"] == "short by 0.05"
+    assert verdicts["forward beside a copy", "the rest"] == "not measured: out of time"
+    assert verdicts["forward over compile", f"bfloat16 {large} 64"] == "short by 0.1"
+    assert verdicts["forward beside eager and torch.compile", f"bfloat16 {large} 8"].startswith("not measured: Arith")
+    assert verdicts["host, forward (µs)", f"bfloat16 {large} 64"] == "over by 1"
+    assert verdicts["host, forward, of eager's", f"bfloat16 {large} 64"] == "reached"
+    assert verdicts["host, forward + backward, of eager's", f"bfloat16 {large} 64"] == "over by 0.056"
+    assert verdicts["kernels, forward", f"bfloat16 {large} 64"] == "reached"
+    assert verdicts["kernels, forward + backward", f"bfloat16 {large} 64"] == "over by 1"
+    assert verdicts["waits for the GPU, forward + backward", f"bfloat16 {large} 64"] == "over by 1"
+    assert verdicts["forward over eager, any size", f"bfloat16 {large} 3, the worst of 2; 1 below 1"] == "short by 0.2"
+    assert verdicts[gpu_report.TITLES["autotune"].lower(), "everything"] == "not measured: no time was left"
+    reached = sum(verdict == "reached" for verdict in verdicts.values())
+    assert f"{reached} of {len(found)} targets reached." in gpu_report.targets_table(found)
+
+
+def test_the_document_has_every_phase_and_its_rows():
+    record = {"gpu": "NVIDIA X", "phases": PHASES, "targets": gpu_report.targets(PHASES)}
+    text = gpu_report.document(record)
+    for name in ("bandwidth", "ratios", "host", "launches", "grid", "sweep", "autotune"):
+        assert f"## {gpu_report.TITLES[name]}\n" in text
+    assert "- gpu: NVIDIA X" in text and "86 % of copy" in text
+    assert "fast 0.11, automatic 0.12, simple 3" in text and "16 rows kept" in text
+    assert "2 sizes were measured; eager / ours below 1.1:" in text
+    assert "- bfloat16 131,072 × 768 r 8: ArithmeticError: the output differs" in text
+
+
+def test_every_phase_has_a_limit_a_title_and_sizes_of_known_mixes():
+    assert list(gpu.LIMITS) == list(gpu_report.TITLES) == ["build", "checks", *gpu_cells.PHASES]
+    for _, sizes in gpu_cells.PHASES.values():
+        assert sizes and len(set(sizes)) == len(sizes) and {size[0] for size in sizes} <= set(gpu_cells.MIXES)
+    grid = gpu_cells.PHASES["grid"][1]
+    for mix in gpu_cells.MIXES:
+        assert {size[2] for size in grid if size[0] == mix} == {1, 3, 8, 16, 64, 128, 256}
+
+
+def test_without_a_gpu_it_says_so_and_ends_with_3():
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"],
+        cwd=gpu.ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 3
+    assert "this machine has no NVIDIA GPU that torch can use; nothing was built, run or timed" in run.stdout
+
+
+def test_an_unknown_phase_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["swep"])
+    assert "there is no phase swep; there are build, checks" in capsys.readouterr().err
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """The script on a made-up GPU, whose phases are made up too; returns what may be changed of them."""
+    phases = {name: (lambda seconds, name=name: PHASES[name]) for name in gpu.LIMITS}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "facts", lambda: {"gpu": "NVIDIA Made-Up", "command": "make gpu"})
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(gpu, "build", lambda seconds: phases["build"](seconds))
+    monkeypatch.setattr(gpu, "checks", lambda seconds: phases["checks"](seconds))
+    monkeypatch.setattr(gpu, "cells", lambda name, seconds: phases[name](seconds))
+    return phases
+
+
+def written(tmp_path) -> tuple[dict, str]:
+    files = [tmp_path / "results" / f"nvidia-made-up.{kind}" for kind in ("json", "md")]
+    return json.loads(files[0].read_text()), files[1].read_text()
+
+
+def test_a_whole_run_is_printed_and_written(script, tmp_path, capsys):
+    assert gpu.main([]) == 0
+    record, text = written(tmp_path)
+    printed = capsys.readouterr().out
+    assert record["bandwidth"] == PHASES["bandwidth"]["rows"]
+    assert record["phases"]["checks"]["status"] == "tests: 3 passed"
+    assert record["targets"] == gpu_report.targets(PHASES)
+    assert (
+        gpu_report.targets_table(record["targets"]) in printed and gpu_report.targets_table(record["targets"]) in text
+    )
+    assert "written to results/nvidia-made-up.json" in printed
+
+
+def test_a_phase_that_raises_is_not_the_end_of_the_others(script, tmp_path):
+    def fail(seconds):
+        raise OSError("no more processes")
+
+    script["ratios"] = fail
+    assert gpu.main([]) == 1
+    record, text = written(tmp_path)
+    assert record["phases"]["ratios"]["status"] == "failed: OSError: no more processes" and record["ratios"] == []
+    assert "not measured: failed: OSError: no more processes" in text
+    assert record["grid"] == PHASES["grid"]["rows"]
+
+
+def test_failed_tests_are_an_exit_status_and_the_rest_is_measured(script, tmp_path):
+    script["checks"] = lambda seconds: {"status": "tests: failed", "well": False}
+    assert gpu.main([]) == 1
+    assert written(tmp_path)[0]["bandwidth"]
+
+
+def test_after_a_failed_build_nothing_runs_and_nothing_is_written(script, tmp_path):
+    script["build"] = lambda seconds: {"status": "failed", "well": False}
+    script["checks"] = None
+    assert gpu.main([]) == 1 and not (tmp_path / "results").exists()
+
+
+def test_phases_share_the_time_that_is_left(script, tmp_path, monkeypatch):
+    now, given = [0.0], {}
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+
+    def takes_all(name):
+        def run(seconds):
+            given[name] = seconds
+            now[0] += seconds
+            return PHASES[name]
+
+        return run
+
+    script |= {name: takes_all(name) for name in gpu.LIMITS}
+    assert gpu.main([]) == 0
+    assert now[0] <= gpu.SECONDS < 8 * 60
+    assert all(seconds <= gpu.LIMITS[name] for name, seconds in given.items())
+    record, text = written(tmp_path)
+    assert record["phases"]["autotune"]["status"] == "no time was left" and "not measured: no time was left" in text
+
+
+def test_some_phases_are_printed_and_not_written(script, tmp_path, capsys):
+    assert gpu.main(["sweep", "build"]) == 0
+    assert "fast 0.11" in capsys.readouterr().out and not (tmp_path / "results").exists()
+
+
+def test_what_takes_too_long_is_stopped_with_all_that_it_started(tmp_path):
+    child = tmp_path / "child"
+    code = f"""
+import subprocess, sys, time
+process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(child)!r}, "w").write(str(process.pid))
+time.sleep(60)"""
+    process = gpu.start([sys.executable, "-c", code])
+    while not (child.exists() and child.read_text()):
+        time.sleep(0.01)
+    assert gpu.finish(process, time.monotonic() + 0.1) is None
+    assert process.poll() is not None
+    for _ in range(500):
+        try:
+            with open(f"/proc/{child.read_text()}/stat") as stat:
+                if stat.read().split()[2] == "Z":
+                    return
+        except OSError:
+            return
+        time.sleep(0.01)
+    pytest.fail("the process that it started still runs")
+
+
+def test_rows_come_back_from_a_process_and_so_does_how_it_ended(monkeypatch):
+    def ends(code: str) -> dict:
+        def start(command, **environment):
+            return subprocess.Popen([sys.executable, "-c", f"file = open({command[-2]!r}, 'w'); {code}"])
+
+        monkeypatch.setattr(gpu, "start", start)
+        return gpu.cells("grid", 20)
+
+    good = r"""print('{"mix": "a"}', '{"end": "complete"}', sep='\n', file=file)"""
+    assert ends(good) == {"status": "complete", "well": True, "rows": [{"mix": "a"}]}
+    half = r"""print('{"mix": "a"}\n{"mi', end='', file=file)"""
+    assert ends(half) == {"status": "out of time", "well": True, "rows": [{"mix": "a"}]}
+    assert ends(f"{half}; file.flush(); 1 / 0")["status"] == "failed: exit status 1"
+    wrong = ends(r"""print('{"error": "it"}', '{"end": "out of time"}', sep='\n', file=file)""")
+    assert (wrong["status"], wrong["well"]) == ("failed: 1 of 1 cells; out of time", False)
+
+
+@pytest.mark.parametrize(
+    ("name", "ended", "log", "expected"),
+    [
+        ("tests", 0, "....\n3 passed, 1 skipped in 2.00s\n", ("3 passed, 1 skipped", True)),
+        ("tests", 0, "....\n===== 3 passed in 2.00s =====\n", ("3 passed", True)),
+        ("tests", 1, "1 failed, 3 passed in 2.00s\n", ("failed", False)),
+        ("tests", 0, "4 skipped in 1s", ("failed", False)),
+        ("tests", None, "....", ("did not finish in time", False)),
+        ("memcheck", 0, "3 passed in 2s\n========= ERROR SUMMARY: 0 errors", ("3 passed", True)),
+        ("memcheck", 1, "3 passed in 2s\n========= ERROR SUMMARY: 2 errors", ("found 2 problems", False)),
+        ("memcheck", 1, "1 failed in 2s\n========= ERROR SUMMARY: 0 errors", ("failed", False)),
+        ("memcheck", 1, "Device not supported\n========= ERROR SUMMARY: 0 errors", ("could not run here", True)),
+        ("memcheck", None, "..", ("did not finish in time", True)),
+        ("memcheck", None, "..\n========= Invalid __global__ write of size 4", ("found 1 problems", False)),
+        ("memcheck", -11, "========= Invalid __global__ read of size 2\n", ("found 1 problems", False)),
+        ("memcheck", 1, "1 failed, 15 passed in 2s", ("failed", False)),
+        ("racecheck", None, "========= Error: Race reported between Write access", ("found 1 problems", False)),
+        ("racecheck", 1, "RACECHECK SUMMARY: 4 hazards displayed (4 errors, 0 warnings)", ("found 4 problems", False)),
+        ("racecheck", 0, "2 passed in 9s\n= RACECHECK SUMMARY: 0 hazards displayed (0 errors)", ("2 passed", True)),
+    ],
+)
+def test_how_tests_and_sanitizer_went(name, ended, log, expected):
+    assert gpu.verdict(name, ended, log) == expected
+
+
+def test_checks_run_beside_each_other_and_each_is_heard(monkeypatch):
+    python = [sys.executable, "-c"]
+    commands = {
+        "tests": [*python, "print('2 passed in 1s')"],
+        "memcheck": [*python, "import os; print(os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'], 'passed in 1s')\n"
+                     "print('ERROR SUMMARY: 0 errors')"],
+        "racecheck": [*python, "import time; time.sleep(60)"],
+    }  # fmt: skip
+    monkeypatch.setattr(gpu, "check_commands", lambda: commands)
+    done = gpu.checks(1.5)
+    assert done["status"] == "tests: 2 passed; memcheck: 1 passed; racecheck: did not finish in time" and done["well"]
+
+
+@pytest.mark.parametrize("mix", gpu_cells.MIXES)
+def test_every_phase_runs_every_mix(monkeypatch, mix):
+    monkeypatch.setattr(gpu_cells, "DEVICE", "cpu")
+
+    def times(works, **options):
+        return {name: {"median": 1.0 + (work() is None), "p20": 1.0, "p80": 1.0} for name, work in works.items()}
+
+    monkeypatch.setattr(gpu_cells, "gpu_times", times)
+    monkeypatch.setattr(gpu_cells, "host_times", times)
+    monkeypatch.setattr(gpu_cells, "kernels", lambda work: ["kernel"] * (work() is not None))
+    monkeypatch.setattr(gpu_cells, "waits_for_gpu", lambda work: work() is None)
+    # One plan fits, and compiling takes long.
+    monkeypatch.setattr(
+        gpu_plans, "result_under", lambda plan, work: work() if plan in (gpu_plans.SIMPLE, gpu_plans.FAST[3]) else None
+    )
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    try:
+        phases = {}
+        for name, (measure_one, _) in gpu_cells.PHASES.items():
+            rows = []
+            gpu_cells.measure([(mix, *TINY)], measure_one, 60, rows.append)
+            assert rows.pop() == {"end": "complete"}
+            phases[name] = phase(*rows)
+            assert "error" not in rows[0] and gpu_report.phase_table(name, phases[name])
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    assert phases["sweep"]["rows"][0]["ms"].keys() == {"simple", "64 rows kept"}
+    for each in phases["bandwidth"]["rows"]:
+        each["rank"] = 8  # of the ranks with a target
+    judged = gpu_report.targets(phases)
+    assert all("not measured" not in each["verdict"] for each in judged)
+
+
+@pytest.mark.parametrize(
+    ("mix", "bytes_per_element"),
+    [
+        ("bfloat16", 4),
+        ("bfloat16, residual", 6),
+        ("float32 in bfloat16", 8),
+        ("bfloat16, residual float32", 10),
+        ("float32", 8),
+    ],
+)
+def test_compulsory_bytes(monkeypatch, mix, bytes_per_element):
+    monkeypatch.setattr(gpu_cells, "DEVICE", "cpu")
+    dim, rank, tokens = TINY
+    problem = gpu_cells.Problem(mix, *TINY)
+    assert problem.compulsory_bytes() == bytes_per_element * tokens * dim + 4 * tokens * rank
+
+
+def test_a_wrong_output_is_not_timed(monkeypatch):
+    monkeypatch.setattr(gpu_cells, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_cells, "gpu_times", None)
+    monkeypatch.setattr(gpu_cells, "ours", lambda *inputs: 1.1 * gpu_cells.eager(*inputs))
+    rows = []
+    gpu_cells.measure([("bfloat16", *TINY)], gpu_cells.bandwidth, 60, rows.append)
+    assert rows[0]["error"].startswith("ArithmeticError: the output differs from eager's by 0.")
+
+
+def test_cells_stop_in_time_and_go_on_after_an_error(monkeypatch):
+    monkeypatch.setattr(gpu_cells, "Problem", lambda mix, dim, rank, tokens: rank)
+    sizes = [("bfloat16", 16, rank, 4) for rank in range(5)]
+
+    def measure_one(rank):
+        time.sleep(0.05)
+        if rank == 1:
+            raise ValueError("")
+        return {"ms": rank}
+
+    rows = []
+    gpu_cells.measure(sizes, measure_one, 0.18, rows.append)
+    assert rows[1]["error"] == "ValueError: ?" and rows[-1] == {"end": "out of time"} and 2 <= len(rows) < 6
+
+    def broken(rank):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    rows = []
+    with pytest.raises(torch.AcceleratorError):
+        gpu_cells.measure(sizes, broken, 60, rows.append)
+    assert len(rows) == 1 and "illegal memory access" in rows[0]["error"]
+
+
+def test_plans_are_forced_and_given_back(monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.ops.vitadapter, "use_cuda_plan", lambda *plan: used.append(plan), raising=False)
+
+    def fails(error):
+        def work():
+            raise error
+
+        return work
+
+    assert gpu_plans.result_under(gpu_plans.FAST[0], lambda: 3) == 3
+    assert (
+        gpu_plans.result_under(gpu_plans.SIMPLE, fails(RuntimeError("adapter: no fast kernel serves this with")))
+        is None
+    )
+    for error in (RuntimeError("adapter: down has shape (2,)"), torch.OutOfMemoryError("out of memory")):
+        with pytest.raises(RuntimeError):
+            gpu_plans.result_under(gpu_plans.SIMPLE, fails(error))
+    assert used == [(32, 0), (0, -1), *[(-1, -1), (0, -1)] * 3]
+    assert [str(plan) for plan in (gpu_plans.AUTOMATIC, gpu_plans.SIMPLE, gpu_plans.FAST[3])] == [
+        "automatic", "simple", "64 rows kept"
+    ]  # fmt: skip
