@@ -40,7 +40,7 @@ def test_no_symbol_outside_the_stable_abi(library):
 def test_the_plan_of_the_cuda_kernels_can_be_chosen_without_a_gpu():
     torch.ops.vitadapter.use_cuda_plan(64, 1)
     torch.ops.vitadapter.use_cuda_plan(0, -1)
-    with pytest.raises(RuntimeError, match="tile_rows is 7 and keep 2; accepted are"):
+    with pytest.raises(RuntimeError, match="tile_rows is 7, keep 2 and slices 0; accepted are"):
         torch.ops.vitadapter.use_cuda_plan(7, 2)
 
 

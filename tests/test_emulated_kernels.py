@@ -1,6 +1,7 @@
 """Do the CUDA kernels compute what they should, on the CPU? The C++ test program that CMake builds and ctest runs
 (`tests/cpp/cuda_test.cpp`), here with cases from another seed, so that the two together see more."""
 
+import json
 import os
 import re
 import subprocess
@@ -20,6 +21,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, env=environment)
 
 
+def choices(kernels) -> dict[tuple[str, int], set[str]]:
+    """What kernels' templates are given: a set for each place. `Kernel<Float32, 16>` has Float32 in place 1."""
+    given: dict[tuple[str, int], set[str]] = {}
+    for kernel in kernels:
+        parts = re.findall(r"\w+", kernel)
+        for place, part in enumerate(parts):
+            given.setdefault((parts[0], place), set()).add(part)
+    return given
+
+
 @built
 def test_every_fast_kernel_on_the_emulator():
     finished = run("samples", "2", "80")
@@ -27,9 +38,12 @@ def test_every_fast_kernel_on_the_emulator():
     assert finished.returncode == 0, finished.stdout + finished.stderr
     counted = re.search(r"fast adapter kernels: (\d+) cases in (\d+) orders of threads, 0 failures", finished.stdout)
     assert counted and int(counted[1]) == 80 and int(counted[2]) >= 5
-    kernels = re.findall(r"AdapterForwardKernel<(\w+), (\w+), (\d+)>: \d+ cases", finished.stdout)
-    assert {math for math, _, _ in kernels} == {"BFloat16", "Float16", "Tf32", "Float32"}
-    assert {rank for _, _, rank in kernels} == {"16", "64", "256"}
+    # Of every kernel that a training step launches, each arithmetic, each way to store x and each number of ranks.
+    sampled = choices(re.findall(r"^  (.+): \d+ cases$", finished.stdout, re.MULTILINE))
+    assert sampled == choices(json.loads(run("launches").stdout))
+    for kernel in ("AdapterForwardKernel", "AdapterBackwardKernel"):
+        assert sampled[kernel, 1] == {"BFloat16", "Float16", "Tf32", "Float32"}
+        assert sampled[kernel, 3] == {"16", "64", "256"}
 
 
 @built

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <array>
 #include <atomic>
 
 #include "../cuda/adapter.h"
@@ -19,32 +20,55 @@ cuda::Stream current_stream(const Tensor& tensor) {
   return stream;
 }
 
+// So many elements on `like`'s device, for as long as `owner` lives.
 template <typename T>
 T* workspace(const Tensor& like, int64_t count, Tensor& owner) {
-  owner = torch::stable::new_empty(like, {count}, hidden_dtype(like));
+  owner = empty(like, std::array{count * int64_t(sizeof(T))}, ScalarType::Byte);
   return static_cast<T*>(owner.mutable_data_ptr());
 }
 
 // For tests and sweeps, of the whole process: -1 rows in a tile are the simple kernels.
-constexpr int64_t kSimple = -1;
-std::atomic<int64_t> asked_tile_rows{0}, asked_keep{-1};
+constexpr int kSimple = -1;
+std::atomic<int> asked_tile_rows{0}, asked_keep{-1}, asked_slices{0};
 
-void use_cuda_plan(int64_t tile_rows, int64_t keep) {
-  VA_CHECK(tile_rows >= kSimple && tile_rows <= 1024 && keep >= -1 && keep <= 1, "use_cuda_plan: tile_rows is ",
-           tile_rows, " and keep ", keep,
-           "; accepted are -1 (the simple kernels), 0 (open) or a number of rows up to 1024, and -1 (open), 0 or 1");
-  asked_tile_rows = tile_rows;
-  asked_keep = keep;
+void use_cuda_plan(int64_t tile_rows, int64_t keep, int64_t slices) {
+  VA_CHECK(tile_rows >= kSimple && tile_rows <= 1024 && keep >= -1 && keep <= 1 && slices >= 0 && slices <= 10000,
+           "use_cuda_plan: tile_rows is ", tile_rows, ", keep ", keep, " and slices ", slices,
+           "; accepted are -1 (the simple kernels), 0 (open) or a number of rows up to 1024, -1 (open), 0 or 1, and 0 "
+           "(open) or a number of slices up to 10000");
+  asked_tile_rows = int(tile_rows);
+  asked_keep = int(keep);
+  asked_slices = int(slices);
 }
 
-// Whether a fast kernel has done it.
-bool forward_fast(const Tensor& x, const AdapterForward& p) {
-  const int64_t tile_rows = asked_tile_rows, keep = asked_keep;
-  if (tile_rows == kSimple) return false;
-  const bool done = cuda::adapter_forward_fast(p, current_stream(x), {int(tile_rows), int(keep)});
-  VA_CHECK(done || (tile_rows == 0 && keep == -1), "adapter: no fast kernel serves this with tile_rows ", tile_rows,
-           " and keep ", keep, ", as use_cuda_plan asks");
+// Whether a fast kernel has done it: `run` gets what is asked of it, and says. One that cannot do what a plan asks for
+// is an error, or a sweep would time another.
+template <typename Run>
+bool run_fast(const Run& run) {
+  const cuda::AdapterRequest asked{asked_tile_rows, asked_keep, asked_slices};
+  if (asked.tile_rows == kSimple) return false;
+  const bool done = run(asked);
+  VA_CHECK(done || (asked.tile_rows == 0 && asked.keep == -1 && asked.slices == 0),
+           "adapter: no fast kernel serves this with tile_rows ", asked.tile_rows, ", keep ", asked.keep,
+           " and slices ", asked.slices, ", as use_cuda_plan asks");
   return done;
+}
+
+bool forward_fast(const Tensor& x, const AdapterForward& p) {
+  return run_fast(
+      [&](const cuda::AdapterRequest& asked) { return cuda::adapter_forward_fast(p, current_stream(x), asked); });
+}
+
+bool backward_fast(const Tensor& x, const AdapterBackward& p) {
+  // Without rows, ranks or wishes there is nothing to be fast at, whatever plan is asked for.
+  const bool wanted = p.needs_hidden_grad() || p.needs_up_product() || p.needs_grad_sum();
+  if (p.rows == 0 || p.rank == 0 || !wanted) return false;
+  return run_fast([&](const cuda::AdapterRequest& asked) {
+    const int64_t bytes = cuda::adapter_backward_workspace(p, asked);
+    if (bytes < 0) return false;
+    Tensor owner = x;
+    return cuda::adapter_backward_fast(p, workspace<char>(x, bytes, owner), current_stream(x), asked);
+  });
 }
 
 template <typename T>
@@ -58,6 +82,7 @@ void forward(const Tensor& x, const AdapterForward& p) {
 
 template <typename T>
 void backward(const Tensor& x, const AdapterBackward& p) {
+  if (backward_fast(x, p)) return;
   Tensor hidden_grad = x, up_product = x, grad_sum = x;
   T* const hidden_grad_data = workspace<T>(x, p.needs_hidden_grad() ? p.rows * p.rank : 0, hidden_grad);
   T* const up_product_data = workspace<T>(x, p.needs_up_product() ? p.dim * p.rank : 0, up_product);
@@ -80,7 +105,9 @@ struct Cuda {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vitadapter, library) { library.def("use_cuda_plan(int tile_rows, int keep) -> ()"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(vitadapter, library) {
+  library.def("use_cuda_plan(int tile_rows, int keep, int slices=0) -> ()");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(vitadapter, CompositeExplicitAutograd, library) {
   library.impl("use_cuda_plan", TORCH_BOX(&use_cuda_plan));

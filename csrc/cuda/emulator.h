@@ -67,19 +67,21 @@ struct Settings {
   int resident_blocks = 1;            //
   int64_t shared_bytes = 227 * 1024;  //
   int capability = 90;                //
-  int64_t only_block = -1;            // run no block but this
+  int64_t last_blocks = 0;            // run no more of each launch than so many, its last; 0: all
   bool dry = false;                   // run nothing, and keep the statistics
   Site ignored_site;                  // as if it were not there
 };
 inline thread_local Settings settings;
 
+struct Launch {
+  const std::type_info* kernel;
+  int threads;
+  int64_t shared_bytes;
+};
 struct Statistics {
-  int64_t launches = 0, blocks = 0, ldmatrix_conflicts = 0;
+  int64_t blocks = 0, ldmatrix_conflicts = 0;
   std::map<Site, int64_t> sites;  // how often each was come by
-  // Of the last launch.
-  const std::type_info* kernel = nullptr;
-  int threads = 0;
-  int64_t shared_bytes = 0;
+  std::vector<Launch> launches;
 };
 inline thread_local Statistics statistics;
 
@@ -286,10 +288,7 @@ inline void run_block(int64_t block) {
 inline void launch(const std::type_info& kernel, int64_t blocks, int threads, int64_t shared_bytes,
                    void (*body)(const void*), const void* argument) {
   Machine& m = machine;
-  ++statistics.launches;
-  statistics.kernel = &kernel;
-  statistics.threads = threads;
-  statistics.shared_bytes = shared_bytes;
+  statistics.launches.push_back({&kernel, threads, shared_bytes});
   if (blocks < 1 || blocks > INT32_MAX) fail("a grid of %ld blocks", long(blocks));
   if (threads < 32 || threads > 1024 || threads % 32) fail("a block of %d threads", threads);
   if (shared_bytes > settings.shared_bytes) fail("%ld bytes of shared memory", long(shared_bytes));
@@ -301,10 +300,9 @@ inline void launch(const std::type_info& kernel, int64_t blocks, int threads, in
   m.argument = argument;
   m.random = settings.order;
   if (settings.dry) return;
-  if (settings.only_block >= blocks) fail("only block %ld of %ld", long(settings.only_block), long(blocks));
-  if (settings.only_block >= 0) return run_block(settings.only_block);
-  std::vector<int64_t> order(static_cast<size_t>(blocks));
-  std::iota(order.begin(), order.end(), 0);
+  const int64_t left_out = settings.last_blocks > 0 ? std::max<int64_t>(0, blocks - settings.last_blocks) : 0;
+  std::vector<int64_t> order(static_cast<size_t>(blocks - left_out));
+  std::iota(order.begin(), order.end(), left_out);
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[next_random(m.random) % i]);
   for (int64_t block : order) run_block(block);
 }

@@ -1,7 +1,7 @@
 // How does a matrix lie in shared memory? In planes of rows of kRowBytes, a row in units of 16 bytes, and the units of
 // a row exchanged with one another by the row's number, so that no access of a warp meets one of the 32 banks twice:
-// not ldmatrix (one unit of 8 rows), not 16 bytes a lane from 2 rows × 4 units, not 8 bytes a lane from 4 rows × 2
-// units, and not one unit of every second row. That costs no byte; padding would.
+// not ldmatrix (one unit of 8 rows), not 16 bytes a lane from 2 rows × 4 units, not one unit of every second row, and
+// in rows of 128 bytes not 8 or 4 bytes a lane from 4 rows × 2 units. That costs no byte; padding would.
 #pragma once
 
 #include "simt.cuh"

@@ -67,40 +67,102 @@ VA_DEVICE unsigned char* element(const Panel<kRowBytes>& panel, int row, int col
   return panel.unit(row, offset / 16) + offset % 16;
 }
 
-// c[m][n] += left · rightᵀ for kM × 16 rows of `left` from `left_row` on and kN × 8 rows of `right` from `right_row`
-// on, over kDepth columns of both. `right` holds operands of Math; `left` elements of Left: Math's, or float32. Where
-// Left is float32 and Math has 2 bytes, `right` has its columns in the order of quad_order().
-template <typename Math, typename Left, int kDepth, int kM, int kN, int kLeftBytes, int kRightBytes>
-VA_DEVICE void multiply(float (&c)[kM][kN][4], const Panel<kLeftBytes>& left, int left_row,
-                        const Panel<kRightBytes>& right, int right_row) {
+// ---- operands in panels
+
+// The left operand: `Stored` elements from `row` on. kInQuads: a lane loads four neighbours of a row at a time, as it
+// must where they are rounded on the way; the right operand then has its depth in the order that this gives.
+template <typename Stored, bool kInQuads, int kRowBytes>
+struct LeftPanel {
+  using Element = Stored;
+  static constexpr bool kQuads = kInQuads, kRolled = false;
+  Panel<kRowBytes> panel;
+  int row;
+
+  VA_DEVICE void load(float (&to)[4], int m_row, int column) const {
+    load_quad<Stored>(to, element<Stored>(panel, row + m_row, column));
+  }
+};
+
+// The right operand where the panel's rows are its columns (kRows false), from column `first` on, or its rows.
+template <bool kRows, int kRowBytes>
+struct RightPanel {
+  static constexpr bool kByRows = kRows;
+  Panel<kRowBytes> panel;
+  int first;
+};
+
+// In which order does a panel of weights hold what its rows and columns are, so that multiply() finds it? By what `k`
+// of a product they are: its depth, or its columns.
+template <typename Math, bool kByRows, bool kDepthInQuads>
+struct WeightOrder {
+  static constexpr bool kTransposes = kByRows && kSame<Math, Tf32>;
+
+  // The weight's row at this place of the panel.
+  VA_DEVICE static int row_at(int place) {
+    if constexpr (kTransposes) return (place & ~15) + (place & 3) * 4 + (place >> 2 & 3);
+    if constexpr (kByRows && (Math::kBytes == 4 || !kDepthInQuads)) return place;
+    return quad_order(place);
+  }
+  // Whether columns stand in the order of quad_order(), too.
+  static constexpr bool kColumnsInQuads = kByRows ? !kSame<Math, Float32> : Math::kBytes == 2 && kDepthInQuads;
+};
+
+// ---- the product
+
+// What a lane gives to an mma of 2-byte elements: rows g and g + 8 of `left` from m_row on, 16 columns from `depth` on.
+template <typename Math, typename Left>
+VA_DEVICE void left_fragment(uint32_t (&a)[4], const Left& left, int m_row, int depth) {
   const int lane = lane_index(), g = lane >> 2, t = lane & 3;
+  if constexpr (!Left::kQuads) {
+    ldmatrix(a, left.panel.unit(left.row + m_row + (lane & 15), depth / 8 + (lane >> 4)));
+  } else {
+    VA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = m_row + g + 8 * half, column = depth + 4 * t;
+      if constexpr (kSame<typename Left::Element, Math> && !Left::kRolled) {
+        const Words2 words = load8(element<Math>(left.panel, left.row + row, column));
+        a[half] = words.word[0];
+        a[half + 2] = words.word[1];
+      } else {
+        float x[4];
+        left.load(x, row, column);
+        a[half] = Math::pack(x[0], x[1]);
+        a[half + 2] = Math::pack(x[2], x[3]);
+      }
+    }
+  }
+}
+
+// And of two tiles of `right` side by side, from column n on.
+template <typename Right>
+VA_DEVICE void right_fragments(uint32_t (&b)[4], const Right& right, int n, int depth) {
+  const int lane = lane_index(), column = right.first + n;
+  if constexpr (Right::kByRows) {
+    ldmatrix_trans(b, right.panel.unit(depth + (lane & 15), column / 8 + (lane >> 4)));
+  } else {
+    ldmatrix(b, right.panel.unit(column + (lane & 7) + (lane >> 4) * 8, depth / 8 + (lane >> 3 & 1)));
+  }
+}
+
+// c[m][n] += left · right for kM × 16 rows and kN × 8 columns, over kDepth columns of `left`. `right` holds operands of
+// Math in the WeightOrder that goes with both panels; then c has its columns in the order of quad_order().
+template <typename Math, int kDepth, int kM, int kN, typename Left, typename Right>
+VA_DEVICE void multiply(float (&c)[kM][kN][4], const Left& left, const Right& right) {
+  const int lane = lane_index(), g = lane >> 2, t = lane & 3;
+  constexpr bool kIsOperand = kSame<typename Left::Element, Math> && !Left::kRolled;
+  static_assert(kN % 2 == 0);
   if constexpr (Math::kBytes == 2) {
-    static_assert(kN % 2 == 0);
     // Operands in float32 take so many registers that those of all steps at once would spill.
-    constexpr int kUnrolled = kSame<Left, Math> ? kDepth / 16 : 2;
+    constexpr int kUnrolled = Left::kRolled ? 1 : kIsOperand ? kDepth / 16 : 2;
     VA_UNROLL_BY(kUnrolled)
-    for (int k = 0; k < kDepth / 16; ++k) {
+    for (int depth = 0; depth < kDepth; depth += 16) {
       uint32_t a[kM][4];
       VA_UNROLL
-      for (int m = 0; m < kM; ++m) {
-        const int row = left_row + 16 * m;
-        if constexpr (kSame<Left, Math>) {
-          ldmatrix(a[m], left.unit(row + (lane & 15), 2 * k + (lane >> 4)));
-        } else {
-          VA_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            float x[4];
-            load_quad<Left>(x, left.unit(row + g + 8 * half, 4 * k + t));
-            a[m][half] = Math::pack(x[0], x[1]);
-            a[m][half + 2] = Math::pack(x[2], x[3]);
-          }
-        }
-      }
+      for (int m = 0; m < kM; ++m) left_fragment<Math>(a[m], left, 16 * m, depth);
       VA_UNROLL
       for (int n = 0; n < kN; n += 2) {
         uint32_t b[4];
-        const int row = right_row + 8 * n + (lane & 7) + (lane >> 4) * 8;
-        ldmatrix(b, right.unit(row, 2 * k + (lane >> 3 & 1)));
+        right_fragments(b, right, 8 * n, depth);
         VA_UNROLL
         for (int m = 0; m < kM; ++m) {
           Math::mma(c[m][n], a[m], b);
@@ -109,23 +171,32 @@ VA_DEVICE void multiply(float (&c)[kM][kN][4], const Panel<kLeftBytes>& left, in
       }
     }
   } else if constexpr (kSame<Math, Tf32>) {
-    VA_UNROLL
-    for (int k = 0; k < kDepth / 16; ++k) {
+    constexpr int kUnrolled = Left::kRolled ? 1 : kDepth / 16;
+    VA_UNROLL_BY(kUnrolled)
+    for (int depth = 0; depth < kDepth; depth += 16) {
+      // Of 16 columns, an mma takes 4t and 4t + 1 of each lane and the next one 4t + 2 and 4t + 3.
       uint32_t a[kM][2][4];
       VA_UNROLL
       for (int m = 0; m < kM; ++m) {
         VA_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const Words4 x = load16(left.unit(left_row + 16 * m + g + 8 * half, 4 * k + t));
+          float x[4];
+          left.load(x, 16 * m + g + 8 * half, depth + 4 * t);
           VA_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            a[m][i / 2][i % 2 * 2 + half] = kSame<Left, Tf32> ? x.word[i] : to_tf32(float_of(x.word[i]));
-          }
+          for (int i = 0; i < 4; ++i) a[m][i / 2][i % 2 * 2 + half] = kIsOperand ? bits_of(x[i]) : to_tf32(x[i]);
         }
       }
       VA_UNROLL
       for (int n = 0; n < kN; ++n) {
-        const Words4 b = load16(right.unit(right_row + 8 * n + g, 4 * k + t));
+        Words4 b;
+        if constexpr (Right::kByRows) {
+          VA_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            b.word[i] = load4(element<Tf32>(right.panel, depth + 4 * i + t, right.first + 8 * n + g));
+          }
+        } else {
+          b = load16(right.panel.unit(right.first + 8 * n + g, depth / 4 + t));
+        }
         VA_UNROLL
         for (int m = 0; m < kM; ++m) {
           mma_tf32(c[m][n], a[m][0], b.word);
@@ -136,27 +207,38 @@ VA_DEVICE void multiply(float (&c)[kM][kN][4], const Panel<kLeftBytes>& left, in
   } else {
     // These columns on their own, then added: a chain over thousands of columns would lose what a library's sums keep.
     float part[kM][kN][4] = {};
-    for (int k = 0; k < kDepth; k += 4) {
+    for (int depth = 0; depth < kDepth; depth += 4) {
       float a[kM][2][4];
       VA_UNROLL
       for (int m = 0; m < kM; ++m) {
         VA_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          load_quad<Left>(a[m][half], element<Left>(left, left_row + 16 * m + g + 8 * half, k));
-        }
+        for (int half = 0; half < 2; ++half) left.load(a[m][half], 16 * m + g + 8 * half, depth);
       }
-      VA_UNROLL
-      for (int n = 0; n < 2 * kN; ++n) {
-        float b[4];
-        load_quad<Float32>(b, right.unit(right_row + n / 2 * 8 + 2 * t + n % 2, k / 4));
+      const auto add = [&](int n, int i, int k, float b) {
         VA_UNROLL
         for (int m = 0; m < kM; ++m) {
           VA_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            float& sum = part[m][n / 2][2 * half + n % 2];
+          for (int half = 0; half < 2; ++half) part[m][n][2 * half + i] += a[m][half][k] * b;
+        }
+      };
+      if constexpr (Right::kByRows) {
+        VA_UNROLL
+        for (int n = 0; n < kN; n += 2) {
+          VA_UNROLL
+          for (int k = 0; k < 4; ++k) {
+            float b[4];
+            load_quad<Float32>(b, element<Float32>(right.panel, depth + k, right.first + 8 * n + 4 * t));
             VA_UNROLL
-            for (int i = 0; i < 4; ++i) sum += a[m][half][i] * b[i];
+            for (int i = 0; i < 4; ++i) add(n + i / 2, i % 2, k, b[i]);
           }
+        }
+      } else {
+        VA_UNROLL
+        for (int n = 0; n < 2 * kN; ++n) {
+          float b[4];
+          load_quad<Float32>(b, right.panel.unit(right.first + n / 2 * 8 + 2 * t + n % 2, depth / 4));
+          VA_UNROLL
+          for (int k = 0; k < 4; ++k) add(n / 2, n % 2, k, b[k]);
         }
       }
     }

@@ -70,8 +70,18 @@ VA_DEVICE uint32_t shuffle(uint32_t value, int source_lane) { return __shfl_sync
 VA_DEVICE uint32_t shuffle_xor(uint32_t value, int lanes) { return __shfl_xor_sync(~0u, value, lanes); }
 VA_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(~0u, predicate); }
 
-// On integers alone: sums of floats would depend on the order.
-VA_DEVICE int atomic_add(int* address, int value) { return atomicAdd(address, value); }
+// Whether this warp is the last of so many, a block each, to come here: it sees what the others wrote before they came.
+// *came is 0 before the first one.
+VA_DEVICE bool is_last_warp(int* came, int warps) {
+  __threadfence();
+  __syncwarp();
+  int before = 0;
+  if (threadIdx.x % 32 == 0) before = atomicAdd(came, 1);
+  before = __shfl_sync(~0u, before, 0);
+  __syncwarp();
+  __threadfence();
+  return before == warps - 1;
+}
 
 // ---- memory
 
@@ -81,11 +91,15 @@ VA_DEVICE unsigned char* dynamic_shared() {
   return bytes;
 }
 
-// 8 or 16 bytes at an address that is a multiple of that.
+// 4, 8 or 16 bytes at an address that is a multiple of that.
+VA_DEVICE uint32_t load4(const void* from) { return *static_cast<const uint32_t*>(from); }
 VA_DEVICE Words2 load8(const void* from) { return *static_cast<const Words2*>(from); }
 VA_DEVICE Words4 load16(const void* from) { return *static_cast<const Words4*>(from); }
 VA_DEVICE void store8(void* to, Words2 words) { *static_cast<Words2*>(to) = words; }
 VA_DEVICE void store16(void* to, Words4 words) { *static_cast<Words4*>(to) = words; }
+
+// Starts to bring the 128 bytes that hold this one into the L2 cache.
+VA_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 VA_DEVICE uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
@@ -264,10 +278,16 @@ using emulator::sync_warp;
 using emulator::thread_count;
 using emulator::thread_index;
 
-inline int atomic_add(int* address, int value) { return std::exchange(*address, *address + value); }
+// Blocks run one after the other.
+inline bool is_last_warp(int* came, int warps) {
+  const uint32_t before = (thread_index() & 31) == 0 ? uint32_t((*came)++) : 0;
+  return int(shuffle(before, 0)) == warps - 1;
+}
 
+inline uint32_t load4(const void* from) { return emulator::load_aligned<uint32_t>(from); }
 inline Words2 load8(const void* from) { return emulator::load_aligned<Words2>(from); }
 inline Words4 load16(const void* from) { return emulator::load_aligned<Words4>(from); }
+inline void prefetch(const void* from) { static_cast<void>(*static_cast<const volatile char*>(from)); }
 inline void store8(void* to, Words2 words) { emulator::store_aligned(to, words); }
 inline void store16(void* to, Words4 words) { emulator::store_aligned(to, words); }
 

@@ -20,10 +20,17 @@ VA_DEVICE float value_of(uint32_t bits, DType dtype) {
   return dtype == DType::kBFloat16 ? BFloat16::unpack(uint16_t(bits)) : Float16::unpack(uint16_t(bits));
 }
 
-// One thread's part in the two passes of a kernel of Shape S. The first pass takes chunks of (ranks, columns) of a
-// weight (rank, dim), the second of (columns, ranks) of one (dim, rank); a chunk's rows lie in shared memory in the
-// order of quad_order(). kInQuads: in the first pass, its columns too.
-template <typename S, typename Math, bool kInQuads>
+// What the rows of a weight are multiplied by.
+struct RowScale {
+  Operand each;  // (rows), or one for all; null: value
+  bool is_channel = false;
+  float value = 1;
+};
+
+// One thread's part in the two passes of a kernel of Shape S. In memory a weight is (dim, rank) or (rank, dim), as Form
+// says for either pass, so that it comes in chunks of (columns, ranks) or of (ranks, columns); their panels have them
+// in WeightOrder. Where Form says so, the first weight is multiplied by a scale of its rows.
+template <typename S, typename Math, typename Form>
 struct WeightStream {
   const char* data;
   DType dtype;
@@ -34,20 +41,21 @@ struct WeightStream {
   int row, unit, index;
   int unit_bits;                                    // units in a row of a chunk, as a power of 2
   uint32_t pieces[S::kPiecesPerThread][S::kPiece];  // elements as they are stored
+  RowScale scale;
+  uint32_t scale_bits[S::kPiecesPerThread];  // of each piece's row
 
-  // Turns to the weight (weight_rows, weight_columns) of a pass, row-major in memory.
-  VA_DEVICE void begin(bool is_second, const Operand& weight, Alignment its_alignment, int weight_rows,
-                       int weight_columns) {
+  // Turns to the weight of a pass, row-major in memory.
+  VA_DEVICE void begin(bool is_second, const Operand& weight, Alignment its_alignment, int dim, int rank) {
     data = static_cast<const char*>(weight.data);
     dtype = weight.dtype;
     alignment = its_alignment;
     second = is_second;
-    rows = weight_rows;
-    columns = weight_columns;
-    unit_bits = second ? log2_of(S::kSecondUnits) : log2_of(S::kFirstUnits);
+    rows = by_dim() ? dim : rank;
+    columns = by_dim() ? rank : dim;
+    unit_bits = by_dim() ? log2_of(S::kRankUnits) : log2_of(S::kColumnUnits);
     row = thread_index() >> unit_bits;
     unit = thread_index() & ((1 << unit_bits) - 1);
-    index = quad_order(row) * columns + unit * S::kPiece;
+    index = row_at(row) * columns + unit * S::kPiece;
   }
 
   // By vectors, or by pairs of elements where rows do not begin at vectors. Odd rows have neither: store() takes them
@@ -56,10 +64,11 @@ struct WeightStream {
     const int column = first_column(chunk, block), inside = columns - unit * S::kPiece - column;
     const int first = index + first_row(chunk, block) * columns + column;
     // What is in a row beyond the last is beyond the end.
-    const int stride = (thread_count() >> unit_bits) * columns, end = rows * columns;
+    const int stride = skipped_rows(1) * columns, end = rows * columns;
     VA_UNROLL
     for (int i = 0; i < S::kPiecesPerThread; ++i) {
       if (alignment == Alignment::kElement || thread_index() + i * thread_count() >= S::kPieces) break;
+      if (has_scales()) scale_bits[i] = load_scale(first_row(chunk, block) + row_at(row) + skipped_rows(i));
       const int valid = first + i * stride < end ? inside : 0;
       const char* const from = at(first + i * stride);
       if (alignment == Alignment::kVector) {
@@ -88,36 +97,39 @@ struct WeightStream {
 
   // Puts the chunk that was fetched last into the place for it.
   VA_DEVICE void store(unsigned char* place, int chunk, int block) const {
-    const Panel<128> panel{place, S::kBlock};
-    const bool in_quads = kInQuads && !second;
-    // Units in pairs share their columns there.
-    unsigned char* const low = in_quads ? panel.unit(row, unit & ~1) + unit % 2 * 8
-                               : second ? Panel<S::kRankBytes>{place, S::kChunk}.unit(row, unit)
-                                        : panel.unit(row, unit);
-    unsigned char* const high = panel.unit(row, unit | 1) + unit % 2 * 8;
-    const auto store_at = [&](int skipped, const uint32_t (&piece)[S::kPiece]) {
+    const Panel<S::kRankBytes> of_dim{place, S::kChunk};
+    const Panel<128> of_ranks{place, S::kBlock};
+    const auto at_unit = [&](int index) { return by_dim() ? of_dim.unit(row, index) : of_ranks.unit(row, index); };
+    // In quads, 16 columns share their units: of each quad, the first pair goes to the first half of them.
+    constexpr int kUnits = 16 / S::kPiece;
+    const bool in_quads = second ? SecondOrder::kColumnsInQuads : FirstOrder::kColumnsInQuads;
+    const int shared = unit - unit % kUnits + unit % kUnits / 2, half = unit % 2 * 8;
+    unsigned char* const low = in_quads ? at_unit(shared) + half : at_unit(unit);
+    unsigned char* const high = at_unit(shared + kUnits / 2) + half;
+    const auto store_at = [&](int skipped, const uint32_t (&piece)[S::kPiece], uint32_t bits) {
       // A thread's next piece is a whole number of eight rows further, where units are exchanged in the same way.
       if (in_quads) {
-        store_piece<true>(low + 16 * skipped, high + 16 * skipped, piece);
+        store_piece<true>(low + 16 * skipped, high + 16 * skipped, piece, bits);
       } else {
-        store_piece<false>(low + 16 * skipped, nullptr, piece);
+        store_piece<false>(low + 16 * skipped, nullptr, piece, bits);
       }
     };
     if (alignment != Alignment::kElement) {
       VA_UNROLL
       for (int i = 0; i < S::kPiecesPerThread; ++i) {
         if (thread_index() + i * thread_count() >= S::kPieces) break;
-        store_at(i * thread_count(), pieces[i]);
+        store_at(i * thread_count(), pieces[i], scale_bits[i]);
       }
       return;
     }
     const int column = first_column(chunk, block) + unit * S::kPiece;
     VA_ROLL
     for (int skipped = 0; thread_index() + skipped < S::kPieces; skipped += thread_count()) {
-      const int weight_row = first_row(chunk, block) + quad_order(row + (skipped >> unit_bits));
+      const int weight_row = first_row(chunk, block) + row_at(row + (skipped >> unit_bits));
       const int valid = weight_row < rows ? columns - column : 0;
       const Operand from{at(valid > 0 ? weight_row * columns + column : 0), dtype};
       // All loads before the first use of one.
+      const uint32_t bits = has_scales() ? load_scale(weight_row) : 0;
       uint32_t elements[S::kPiece], piece[S::kPiece];
       VA_UNROLL
       for (int e = 0; e < S::kPiece; ++e) elements[e] = e < valid ? load_bits(from, e) : 0;
@@ -126,18 +138,32 @@ struct WeightStream {
         const int pair = 2 * e % S::kPiece;
         piece[e] = wide() ? elements[e] : elements[pair] | elements[pair + 1] << 16;
       }
-      store_at(skipped, piece);
+      store_at(skipped, piece, bits);
     }
   }
 
  private:
   VA_DEVICE static constexpr int log2_of(int power) { return power == 1 ? 0 : 1 + log2_of(power / 2); }
 
+  // The depth of the first product is the dim, that of the second the ranks.
+  using FirstOrder = WeightOrder<Math, Form::kFirstByDim, Form::kFirstInQuads>;
+  using SecondOrder = WeightOrder<Math, !Form::kSecondByDim, false>;
+  VA_DEVICE int row_at(int place) const { return second ? SecondOrder::row_at(place) : FirstOrder::row_at(place); }
+  VA_DEVICE bool by_dim() const { return second ? Form::kSecondByDim : Form::kFirstByDim; }
+  // From a thread's first piece to the one with number i: the same in any order, as they are multiples of 16.
+  VA_DEVICE int skipped_rows(int i) const { return i * (thread_count() >> unit_bits); }
+
+  VA_DEVICE bool has_scales() const { return Form::kScalesFirst && !second && (scale.each.data || scale.value != 1); }
+  VA_DEVICE uint32_t load_scale(int scaled_row) const {
+    if (!scale.each.data || scaled_row >= rows) return 0;
+    return load_bits(scale.each, scale.is_channel ? scaled_row : 0);
+  }
+
   VA_DEVICE bool wide() const { return dtype == DType::kFloat32; }
   VA_DEVICE const char* at(int element) const { return data + int64_t(element) * (wide() ? 4 : 2); }
   // Where a chunk begins.
-  VA_DEVICE int first_row(int chunk, int block) const { return second ? chunk * S::kChunk : block * S::kBlock; }
-  VA_DEVICE int first_column(int chunk, int block) const { return second ? block * S::kBlock : chunk * S::kChunk; }
+  VA_DEVICE int first_row(int chunk, int block) const { return by_dim() ? chunk * S::kChunk : block * S::kBlock; }
+  VA_DEVICE int first_column(int chunk, int block) const { return by_dim() ? block * S::kBlock : chunk * S::kChunk; }
 
   template <typename Words>
   VA_DEVICE static void take(uint32_t* to, const Words& words) {
@@ -146,27 +172,37 @@ struct WeightStream {
   }
 
   template <bool kPieceInQuads>
-  VA_DEVICE void store_piece(unsigned char* low, unsigned char* high, const uint32_t (&from)[S::kPiece]) const {
+  VA_DEVICE void store_piece(unsigned char* low, unsigned char* high, const uint32_t (&from)[S::kPiece],
+                             uint32_t bits) const {
+    const float factor = scale.each.data ? value_of(bits, scale.each.dtype) : scale.value;
+    uint32_t words[4];
     if constexpr (Math::kBytes == 4) {
-      float values[4];
       VA_UNROLL
       for (int i = 0; i < 4; ++i) {
-        values[i] = value_of(wide() ? from[i] : from[i / 2] >> i % 2 * 16 & 0xffffu, dtype);
+        float value = value_of(wide() ? from[i] : from[i / 2] >> i % 2 * 16 & 0xffffu, dtype);
+        if (has_scales()) value *= factor;
+        words[i] = kSame<Math, Tf32> ? to_tf32(value) : bits_of(value);
       }
-      store_quad<Math>(low, values);
     } else {
-      // What is not float32 is Math's own dtype: no other mixes with it.
-      uint32_t pairs[4];
       VA_UNROLL
       for (int i = 0; i < 4; ++i) {
-        pairs[i] = wide() ? Math::pack(float_of(from[2 * i]), float_of(from[2 * i + 1])) : from[i];
+        // What is not float32 is Math's own dtype: no other mixes with it.
+        words[i] = from[i];
+        if (!wide() && !has_scales()) continue;
+        float a = wide() ? float_of(from[2 * i]) : Math::unpack(uint16_t(from[i]));
+        float b = wide() ? float_of(from[2 * i + 1]) : Math::unpack(uint16_t(from[i] >> 16));
+        if (has_scales()) a *= factor, b *= factor;
+        words[i] = Math::pack(a, b);
       }
-      if constexpr (kPieceInQuads) {
-        store8(low, {{pairs[0], pairs[2]}});
-        store8(high, {{pairs[1], pairs[3]}});
-      } else {
-        store16(low, {{pairs[0], pairs[1], pairs[2], pairs[3]}});
-      }
+    }
+    if constexpr (!kPieceInQuads) {
+      store16(low, {{words[0], words[1], words[2], words[3]}});
+    } else if constexpr (Math::kBytes == 4) {
+      store8(low, {{words[0], words[1]}});
+      store8(high, {{words[2], words[3]}});
+    } else {
+      store8(low, {{words[0], words[2]}});
+      store8(high, {{words[1], words[3]}});
     }
   }
 };

@@ -19,6 +19,9 @@
 
 namespace vitadapter::test {
 
+// For loops that would take most of a test's time, and in which no kernel runs.
+#define VA_UNSANITIZED [[gnu::no_sanitize("address", "undefined")]]
+
 using Doubles = std::vector<double>;
 
 // Activations and their slopes are this close to float64, times max(1, |u|) (csrc/cpu/simd/activation.h).
@@ -215,6 +218,17 @@ inline std::unique_ptr<Case> make_case(const CaseOptions& o) {
   return c;
 }
 
+// Which gradients are asked for; of a tensor that is not there there is none.
+enum Needs {
+  kXGrad = 1,
+  kDownGrad = 2,
+  kDownBiasGrad = 4,
+  kUpGrad = 8,
+  kUpBiasGrad = 16,
+  kScaleGrad = 32,
+  kAllGrads = 63,
+};
+
 // Everything an implementation writes; absent ones have no bytes.
 struct Outputs {
   Buffer hidden, y, x_grad, down_grad, down_bias_grad, up_grad, up_bias_grad, scale_grad;
@@ -225,15 +239,15 @@ struct Outputs {
     auto make = [&](DType dtype, int64_t count) { return Buffer::poisoned(dtype, count, c.options.odd_addresses); };
     hidden = make(wide, p.rows * p.rank);
     y = make(c.grad.dtype, p.rows * p.dim);
-    auto like = [&](int bit, const Buffer& of, Buffer& out) {
-      if (of.bytes && (needs >> bit & 1)) out = make(of.dtype, of.count);
+    auto like = [&](Needs need, const Buffer& of, Buffer& out) {
+      if (of.bytes && (needs & need)) out = make(of.dtype, of.count);
     };
-    like(0, c.x, x_grad);
-    like(1, c.down, down_grad);
-    like(2, c.down_bias, down_bias_grad);
-    like(3, c.up, up_grad);
-    like(4, c.up_bias, up_bias_grad);
-    like(5, c.scale, scale_grad);
+    like(kXGrad, c.x, x_grad);
+    like(kDownGrad, c.down, down_grad);
+    like(kDownBiasGrad, c.down_bias, down_bias_grad);
+    like(kUpGrad, c.up, up_grad);
+    like(kUpBiasGrad, c.up_bias, up_bias_grad);
+    like(kScaleGrad, c.scale, scale_grad);
   }
   AdapterForward forward(const Case& c) {
     AdapterForward p = c.forward;
@@ -299,18 +313,34 @@ inline double round_to(double value, Precision precision) {
 
 // What a kernel may round to its operands' precision beyond x, down, up and g, where it multiplies faster for it.
 enum class Rounds {
-  kOperands,  // nothing
-  kGrad,      // g after dropout and scale instead of before
-  kMiddle,    // that, scale ∘ up, z, and gh where it goes on (its own sum, g_down_bias, has it as it was)
+  kOperands,    // nothing
+  kGrad,        // g after dropout and scale instead of before
+  kMiddle,      // that, scale ∘ up, z, and gh where it goes on (its own sum, g_down_bias, has it as it was)
+  kHiddenGrad,  // that, and gh in its own sum too, as plain PyTorch does; but g only in products, not in its sum
 };
 
-// The definition in csrc/common/adapter.h, in float64 and in the order of Outputs::all(). Next to every sum stands the
-// sum of its terms' magnitudes, carried through the activation by its slope: errors of float32's sums are measured
-// against that. `doubts` is by how much a kernel's other roundings may move the sum: 0 where the operands' precision
-// holds all that is rounded.
-struct Exact {
-  std::vector<Doubles> values, magnitudes, doubts;
+// A sum in float64. Next to it stands the sum of its terms' magnitudes, carried through the activation by its slope:
+// errors of float32's sums are measured against that. `doubt` is by how much a kernel's other roundings may move the
+// sum: 0 where the operands' precision holds all that is rounded.
+struct Sum {
+  double value = 0, magnitude = 0, doubt = 0;
+
+  VA_UNSANITIZED void add(double term, double term_doubt = 0) {
+    value += term;
+    magnitude += std::abs(term);
+    doubt += term_doubt;
+  }
+  // factor · sum, where the factor may be off by factor_doubt.
+  VA_UNSANITIZED void add_times(double factor, double factor_doubt, const Sum& sum) {
+    const double size = std::abs(factor);
+    value += factor * sum.value;
+    magnitude += size * sum.magnitude;
+    doubt += (size + factor_doubt) * sum.doubt + factor_doubt * std::abs(sum.value);
+  }
 };
+
+// What the definition in csrc/common/adapter.h says, output by output in the order of Outputs::all().
+using Exact = std::vector<std::vector<Sum>>;
 
 // How good sums are: off by at most this part of the terms' magnitudes, and a little where all terms are tiny.
 inline double sum_unit(DType dtype) { return dtype == DType::kFloat64 ? 1e-13 : 1e-5; }
@@ -339,105 +369,103 @@ inline double doubt_of(double from, double value, double error, Precision precis
                   std::abs(round_to(value - error, precision) - from));
 }
 
-// Without `backward`, the gradients are left at 0.
-inline Exact exact(const Case& c, Precision precision, Rounds rounds, bool backward = true) {
+// In loops three deep, which are most of some tests' time.
+VA_UNSANITIZED inline Exact exact(const Case& c, Precision precision, Rounds rounds) {
   // These are the sums' own: a kernel that rounds to them changes nothing that the bounds of sums do not know of.
   if (precision == Precision::kFloat32 || precision == Precision::kFloat64) rounds = Rounds::kOperands;
   const AdapterForward& p = c.forward;
   const int64_t rows = p.rows, dim = p.dim, rank = p.rank;
+  enum { kHidden, kY, kX, kDown, kDownBias, kUp, kUpBias, kScale };
   Exact e;
   for (int64_t size : {rows * rank, rows * dim, rows * dim, rank * dim, rank, dim * rank, dim,
                        p.scale_is_channel ? dim : int64_t(1)}) {
-    e.values.emplace_back(size);
-    e.magnitudes.emplace_back(size);
-    e.doubts.emplace_back(size);
+    e.emplace_back(size);
   }
-  enum { kHidden, kY, kX, kDown, kDownBias, kUp, kUpBias, kScale };
-  auto add_with = [&](int output, int64_t index, double term, double magnitude, double doubt) {
-    e.values[output][index] += term;
-    e.magnitudes[output][index] += magnitude;
-    e.doubts[output][index] += doubt;
-  };
-  auto add = [&](int output, int64_t index, double term, double doubt = 0) {
-    add_with(output, index, term, std::abs(term), doubt);
-  };
-  auto operands = [&](const Buffer& b) {
+  auto operands = [&](const Buffer& b, Precision to) {
     Doubles values(b.count);
-    for (int64_t i = 0; i < b.count; ++i) values[i] = round_to(b.at(i), precision);
+    for (int64_t i = 0; i < b.count; ++i) values[i] = round_to(b.at(i), to);
     return values;
   };
   // The doubt of `from` if a kernel rounds `value` in its stead.
-  auto doubt = [&](Rounds least, double from, double value) {
-    return rounds < least ? 0 : doubt_of(from, value, 1e-6 * std::abs(value), precision);
+  auto doubt = [&](Rounds least, double from, double value, Precision to) {
+    return rounds < least ? 0 : doubt_of(from, value, 1e-6 * std::abs(value), to);
   };
-  const Doubles x = operands(c.x), down = operands(c.down), up = operands(c.up), grad = operands(c.grad);
+  // TF32 is for products. Outside of them, in the sum of g' and in up ∘ G, operands are in the compute dtype.
+  const Precision outside = precision_of(p);
+  const Doubles x = operands(c.x, precision), down = operands(c.down, precision), up = operands(c.up, precision),
+                grad = operands(c.grad, precision), outside_up = operands(c.up, outside);
   Doubles scaled_up_doubt(dim * rank);
   for (int64_t i = 0; i < dim * rank; ++i) {
     const double scale = p.scale_at<double>(i / rank);
-    scaled_up_doubt[i] = doubt(Rounds::kMiddle, scale * up[i], scale * c.up.at(i));
+    scaled_up_doubt[i] = doubt(Rounds::kMiddle, scale * up[i], scale * c.up.at(i), precision);
   }
-  Doubles z(rank), z_magnitude(rank), z_doubt(rank), gh(rank), gh_magnitude(rank), gh_doubt(rank);
+  std::vector<Sum> z_row(rank), gh_row(rank);
+  Sum *const z = z_row.data(), *const gh = gh_row.data();
   for (int64_t n = 0; n < rows; ++n) {
     for (int64_t j = 0; j < rank; ++j) {
-      const int64_t i = n * rank + j;
-      if (c.down_bias.bytes) add(kHidden, i, c.down_bias.at(j));
-      for (int64_t d = 0; d < dim; ++d) add(kHidden, i, x[n * dim + d] * down[j * dim + d]);
-      const Activated<double> act = activate(p.activation, e.values[kHidden][i]);
+      const double *const x_n = x.data() + n * dim, *const down_j = down.data() + j * dim;
+      Sum hidden;
+      if (c.down_bias.bytes) hidden.add(c.down_bias.at(j));
+      for (int64_t d = 0; d < dim; ++d) hidden.add(x_n[d] * down_j[d]);
+      const Activated<double> act = activate(p.activation, hidden.value);
       const double mask = p.dropout.at<double>(n, j);
-      z[j] = act.value * mask;
-      z_magnitude[j] = std::abs(act.value) + std::abs(act.slope) * e.magnitudes[kHidden][i];
-      z_magnitude[j] = (z_magnitude[j] + value_magnitude(p, e.values[kHidden][i])) * mask;
-      z_doubt[j] = rounds < Rounds::kMiddle ? 0 : doubt_of(z[j], z[j], sum_error(p.x.dtype, z_magnitude[j]), precision);
-      gh[j] = gh_magnitude[j] = gh_doubt[j] = 0;
+      const double magnitude =
+          std::abs(act.value) + std::abs(act.slope) * hidden.magnitude + value_magnitude(p, hidden.value);
+      z[j] = {act.value * mask, magnitude * mask};
+      if (rounds >= Rounds::kMiddle) {
+        z[j].doubt = doubt_of(z[j].value, z[j].value, sum_error(p.x.dtype, z[j].magnitude), precision);
+      }
+      gh[j] = {};
+      e[kHidden][n * rank + j] = hidden;
     }
     for (int64_t d = 0; d < dim; ++d) {
       const int64_t i = n * dim + d;
       const double mask = p.dropout_out.at<double>(n, d) * p.sample_factor<double>(n), scale = p.scale_at<double>(d);
       const double g = grad[i] * mask, wide_g = c.grad.at(i) * mask;
-      const double g_doubt = doubt(Rounds::kGrad, g, wide_g);
+      const double g_doubt = doubt(Rounds::kGrad, g, wide_g, precision);
       const double scaled_g_doubt =
-          std::max(std::abs(scale) * g_doubt, doubt(Rounds::kGrad, scale * g, scale * wide_g));
-      const int64_t scale_index = p.scale_is_channel ? d : 0;
-      add(kY, i, c.residual.bytes ? c.residual.at(i) : c.x.at(i));
+          std::max(std::abs(scale) * g_doubt, doubt(Rounds::kGrad, scale * g, scale * wide_g, precision));
+      const bool sums_wide = rounds == Rounds::kHiddenGrad;
+      const double summed_g = sums_wide ? wide_g : round_to(c.grad.at(i), outside) * mask;
+      const double summed_g_doubt = sums_wide ? 0 : doubt(Rounds::kGrad, summed_g, wide_g, outside);
+      Sum y, scale_sum = e[kScale][p.scale_is_channel ? d : 0];
+      y.add(c.residual.bytes ? c.residual.at(i) : c.x.at(i));
       if (c.up_bias.bytes) {
-        add(kY, i, mask * scale * c.up_bias.at(d));
-        add(kScale, scale_index, g * c.up_bias.at(d), g_doubt * std::abs(c.up_bias.at(d)));
+        const double bias = c.up_bias.at(d);
+        y.add(mask * scale * bias);
+        scale_sum.add(summed_g * bias, summed_g_doubt * std::abs(bias));
       }
-      add(kUpBias, d, scale * g, std::abs(scale) * g_doubt);
+      e[kUpBias][d].add(scale * summed_g, std::abs(scale) * summed_g_doubt);
+      const double *const up_d = up.data() + d * rank, *const outside_up_d = outside_up.data() + d * rank;
+      const double* const up_doubt_d = scaled_up_doubt.data() + d * rank;
+      Sum* const up_sums = e[kUp].data() + d * rank;
       for (int64_t j = 0; j < rank; ++j) {
-        const double up_dj = up[d * rank + j];
-        auto add_z = [&](int output, int64_t index, double factor, double factor_doubt) {
-          const double size = std::abs(factor);
-          add_with(output, index, factor * z[j], size * z_magnitude[j],
-                   (size + factor_doubt) * z_doubt[j] + factor_doubt * std::abs(z[j]));
-        };
-        add_z(kY, i, mask * scale * up_dj, 0);
-        if (!backward) continue;
-        add_z(kScale, scale_index, g * up_dj, g_doubt * std::abs(up_dj));
-        add_z(kUp, d * rank + j, scale * g, std::abs(scale) * g_doubt);
-        gh[j] += g * scale * up_dj;
-        gh_magnitude[j] += std::abs(g * scale * up_dj);
-        gh_doubt[j] += scaled_g_doubt * std::abs(up_dj) + (std::abs(g) + g_doubt) * scaled_up_doubt[d * rank + j];
+        y.add_times(mask * scale * up_d[j], 0, z[j]);
+        scale_sum.add_times(g * outside_up_d[j], g_doubt * std::abs(outside_up_d[j]), z[j]);
+        up_sums[j].add_times(scale * g, std::abs(scale) * g_doubt, z[j]);
+        gh[j].add(g * scale * up_d[j], scaled_g_doubt * std::abs(up_d[j]) + (std::abs(g) + g_doubt) * up_doubt_d[j]);
       }
-      if (!c.residual.bytes) add(kX, i, c.grad.at(i));
+      e[kScale][p.scale_is_channel ? d : 0] = scale_sum;
+      e[kY][i] = y;
+      if (!c.residual.bytes) e[kX][i].add(c.grad.at(i));
     }
-    for (int64_t j = 0; j < rank && backward; ++j) {
-      const double hidden = e.values[kHidden][n * rank + j], magnitude = e.magnitudes[kHidden][n * rank + j];
-      const double slope = activate(p.activation, hidden).slope, mask = p.dropout.at<double>(n, j);
-      gh[j] *= slope * mask;
-      gh_magnitude[j] *= (std::abs(slope) + slope_magnitude(p, hidden, magnitude)) * mask;
-      gh_doubt[j] *= std::abs(slope) * mask;
-      add_with(kDownBias, j, gh[j], gh_magnitude[j], gh_doubt[j]);
-      if (rounds == Rounds::kMiddle) {
-        gh_doubt[j] = doubt_of(gh[j], gh[j], gh_doubt[j] + sum_error(p.x.dtype, gh_magnitude[j]), precision);
+    for (int64_t j = 0; j < rank; ++j) {
+      const Sum& hidden = e[kHidden][n * rank + j];
+      const double slope = activate(p.activation, hidden.value).slope, mask = p.dropout.at<double>(n, j);
+      gh[j].value *= slope * mask;
+      gh[j].magnitude *= (std::abs(slope) + slope_magnitude(p, hidden.value, hidden.magnitude)) * mask;
+      gh[j].doubt *= std::abs(slope) * mask;
+      const Sum unrounded = gh[j];
+      if (rounds >= Rounds::kMiddle) {
+        gh[j].doubt =
+            doubt_of(gh[j].value, gh[j].value, gh[j].doubt + sum_error(p.x.dtype, gh[j].magnitude), precision);
       }
-      auto add_through = [&](int output, int64_t index, double other) {
-        const double size = std::abs(other);
-        add_with(output, index, gh[j] * other, gh_magnitude[j] * size, gh_doubt[j] * size);
-      };
+      e[kDownBias][j].add_times(1, 0, rounds == Rounds::kHiddenGrad ? gh[j] : unrounded);
+      const double *const x_n = x.data() + n * dim, *const down_j = down.data() + j * dim;
+      Sum *const x_sums = e[kX].data() + n * dim, *const down_sums = e[kDown].data() + j * dim;
       for (int64_t d = 0; d < dim; ++d) {
-        add_through(kX, n * dim + d, down[j * dim + d]);
-        add_through(kDown, j * dim + d, x[n * dim + d]);
+        x_sums[d].add_times(down_j[d], 0, gh[j]);
+        down_sums[d].add_times(x_n[d], 0, gh[j]);
       }
     }
   }
@@ -459,19 +487,19 @@ inline int failures = 0;
 inline void compare(const char* kernel, int number, const Case& c, const Outputs& outputs, const Exact& e) {
   size_t output = 0;
   for (auto [name, buffer] : outputs.all()) {
-    const Doubles &values = e.values[output], &magnitudes = e.magnitudes[output], &doubts = e.doubts[output];
-    ++output;
+    const std::vector<Sum>& sums = e[output++];
     for (int64_t i = 0; i < buffer->count && buffer->bytes; ++i) {
-      const double error = std::abs(buffer->at(i) - values[i]);
+      const Sum& sum = sums[i];
+      const double error = std::abs(buffer->at(i) - sum.value);
       // float16's subnormals are 2^-24 apart.
-      const double bound = sum_error(c.x.dtype, magnitudes[i]) + doubts[i] +
-                           1.01 * epsilon(buffer->dtype) * (std::abs(values[i]) + doubts[i]) +
+      const double bound = sum_error(c.x.dtype, sum.magnitude) + sum.doubt +
+                           1.01 * epsilon(buffer->dtype) * (std::abs(sum.value) + sum.doubt) +
                            (buffer->dtype == DType::kFloat16 ? 0x1p-25 : 0);
       // float16 ends at 65504, and a NaN must fail.
-      if (error <= bound || (buffer->dtype == DType::kFloat16 && std::abs(values[i]) > 65000)) continue;
+      if (error <= bound || (buffer->dtype == DType::kFloat16 && std::abs(sum.value) > 65000)) continue;
       std::printf("%s, case %d (%ld rows, dim %ld, rank %ld): %s[%ld] is %g, expected %g, error %g > %g\n", kernel,
                   number, long(c.forward.rows), long(c.forward.dim), long(c.forward.rank), name, long(i), buffer->at(i),
-                  values[i], error, bound);
+                  sum.value, error, bound);
       ++failures;
       break;
     }

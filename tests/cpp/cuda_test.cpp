@@ -1,7 +1,7 @@
 // Are the CUDA kernels right? All of them, on the CPU (csrc/cuda/emulator.h), against plain float64 loops and in
 // several orders of their threads, under AddressSanitizer and UBSan.
 //
-//   cuda_test                     the emulator itself, every kernel on sampled cases, planted faults: a minute or two
+//   cuda_test                     the emulator itself, every kernel on sampled cases, planted faults: a few minutes
 //   cuda_test samples 5 [60]      the sampled cases of another seed, or 60 of them
 //   cuda_test everywhere [1/4]    every combination of sizes and dtypes, or a part: an hour
 //   cuda_test launches            JSON: threads and shared memory of each kernel, for benchmarks/resources.py

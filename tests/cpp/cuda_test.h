@@ -10,10 +10,14 @@ namespace vitadapter::test {
 // emulator_test.cpp
 int check_emulator();
 
+// cuda_adapter_limits_test.cpp
+int check_adapter_limits();
+
+// cuda_adapter_faults_test.cpp
+int check_adapter_faults();
+
 // cuda_adapter_test.cpp
 int check_adapter_samples(int seed, int most);
-int check_adapter_limits();
-int check_adapter_faults();
 int check_adapter_everywhere(int part, int parts);
 // {"kernel": {"sm_80": {"threads": ..., "shared": ...}, ...}, ...}: how the kernels are launched on three
 // architectures.

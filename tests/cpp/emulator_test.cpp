@@ -139,13 +139,9 @@ void check_exchanges() {
     expect(wrong == 0, "shuffles and votes, order %d", order);
   }
 
-  int total = 5;
-  std::vector<int> before;
-  run_kernel(3, 64, 0, [&] { before.push_back(atomic_add(&total, 7)); });
-  std::sort(before.begin(), before.end());
-  int wrong = total != 5 + 3 * 64 * 7;
-  for (size_t i = 0; i < before.size(); ++i) wrong += before[i] != 5 + 7 * int(i);
-  expect(wrong == 0, "atomic_add adds and returns what was there");
+  int came = 0, last = 0;
+  run_kernel(3, 64, 0, [&] { last += warp_index() == 1 && is_last_warp(&came, 3); });
+  expect(came == 3 && last == 32, "one warp is the last to come, with all its lanes");
 }
 
 void check_shared_memory() {
@@ -172,9 +168,11 @@ void check_shared_memory() {
 void check_settings() {
   std::set<int64_t> ran;
   const int64_t blocks_before = statistics.blocks;
-  settings.only_block = 3;
+  settings.last_blocks = 2;
   run_kernel(7, 32, 0, [&] { ran.insert(block_index() * 100 + block_count()); });
-  expect(ran == std::set<int64_t>{307} && statistics.blocks == blocks_before + 1, "only_block runs that block alone");
+  run_kernel(1, 32, 0, [&] { ran.insert(block_index() * 100 + block_count()); });
+  expect(ran == std::set<int64_t>{507, 607, 1} && statistics.blocks == blocks_before + 3,
+         "last_blocks runs those blocks alone");
   settings = {};
   settings.multiprocessors = 11;
   settings.shared_bytes = 5000;
@@ -679,7 +677,8 @@ void check_multiply(const char* name, int order) {
         for (int i = 0; i < 4; ++i) c[m][n][i] = float(start[index(m, n, i)]);
       }
     }
-    multiply<Math, Left, kDepth>(c, left_panel, 16 + warp * 16 * kM, right_panel, 8 + warp * 8 * kN);
+    multiply<Math, kDepth>(c, LeftPanel<Left, kInQuads, kLeftBytes>{left_panel, 16 + warp * 16 * kM},
+                           RightPanel<false, kRightBytes>{right_panel, 8 + warp * 8 * kN});
     for (int m = 0; m < kM; ++m) {
       for (int n = 0; n < kN; ++n) {
         for (int i = 0; i < 4; ++i) results[index(m, n, i)] = double(c[m][n][i]);

@@ -1,4 +1,4 @@
-// The fast adapter kernels whose products are float32, without tensor cores.
+// The fast forward kernels of the adapter whose products are float32, without tensor cores.
 #include "adapter_launch.cuh"
 
 namespace vitadapter::cuda {

@@ -1,4 +1,4 @@
-// The fast adapter kernels whose products take TF32.
+// The fast forward kernels of the adapter whose products take TF32.
 #include "adapter_launch.cuh"
 
 namespace vitadapter::cuda {
