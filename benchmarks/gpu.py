@@ -37,15 +37,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 8 * 60 - 15  # for all phases; the rest is for Python to start, write and stop
 # Phases in their order, with the seconds that each may take.
 LIMITS = {
-    "build": 240,
-    "checks": 150,
-    "bandwidth": 45,
-    "ratios": 110,
-    "host": 30,
-    "launches": 40,
-    "grid": 60,
-    "sweep": 60,
-    "autotune": 150,
+    "build": 220,
+    "checks": 140,
+    "bandwidth": 35,
+    "ratios": 80,
+    "host": 25,
+    "launches": 30,
+    "grid": 45,
+    "sweep": 45,
+    "autotune": 60,
 }
 LEAST = 15  # seconds: with less a phase does not begin
 START = 10  # seconds of a phase's time for a process to import torch and to end

@@ -6,184 +6,157 @@ kernel that hangs nor a context that broke takes the other phases along:
 writes a line of JSON for each cell, and at last whether it came to the end.
 """
 
-import contextlib
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import gpu_plans
-from benchmarks.gpu_timing import gpu_times, host_times, kernels, waits_for_gpu
-from vitadapter_ext.ops import adapter
+from benchmarks.gpu_problem import MIXES, Function, Problem, eager, ours
+from benchmarks.gpu_timing import After, Work, gpu_times, host_times, kernels, peak_bytes, waits_for_gpu
+from vitadapter_ext import FusedAdapter
 
-
-class Mix(NamedTuple):
-    x: torch.dtype
-    parameters: torch.dtype
-    residual: torch.dtype | None = None  # None: x is the residual
-    autocast: bool = False  # to bfloat16
-    tf32: bool = False
-
-
-DEVICE = "cuda"  # for the tests, another one
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-MIXES = {
-    "bfloat16": Mix(BF16, BF16),
-    "bfloat16, residual": Mix(BF16, BF16, residual=BF16),
-    "float32 in bfloat16": Mix(F32, F32, autocast=True),
-    "bfloat16, residual float32": Mix(BF16, F32, residual=F32, autocast=True),
-    "float16": Mix(F16, F16),
-    "float32": Mix(F32, F32),
-    "float32 in TF32": Mix(F32, F32, tf32=True),
-}
 RANKS = (8, 64, 128, 256)
 LARGE = 131_072  # tokens: 201 MB at dim 768 in bfloat16
 BATCH = 12_608  # tokens: 64 images for ViT-B/16
 
-
-def eager(x, residual, down, down_bias, up, up_bias):
-    return (x if residual is None else residual) + F.linear(F.gelu(F.linear(x, down, down_bias)), up, up_bias)
-
-
-def ours(x, residual, down, down_bias, up, up_bias):
-    return adapter(x, down, up, down_bias=down_bias, up_bias=up_bias, residual=residual)
-
-
-class Problem:
-    """Inputs of one cell, all with gradients, and what is done with them."""
-
-    def __init__(self, mix: str, dim: int, rank: int, tokens: int):
-        self.mix = MIXES[mix]
-        torch.manual_seed(0)
-        torch.backends.cuda.matmul.allow_tf32 = self.mix.tf32
-        torch._dynamo.reset()  # or the kernels of an earlier cell would serve this one with symbolic sizes
-
-        def tensor(*shape: int, spread: float, dtype: torch.dtype = self.mix.parameters) -> Tensor:
-            return (spread * torch.randn(*shape, device=DEVICE)).to(dtype).requires_grad_()
-
-        self.inputs = (
-            tensor(tokens, dim, spread=1, dtype=self.mix.x),
-            None if self.mix.residual is None else tensor(tokens, dim, spread=1, dtype=self.mix.residual),
-            tensor(rank, dim, spread=dim**-0.5),
-            tensor(rank, spread=0.1),
-            tensor(dim, rank, spread=rank**-0.5),
-            tensor(dim, spread=0.1),
-        )
-        self.y_dtype = torch.promote_types(self.mix.x, self.mix.residual or self.mix.x)
-        self.grad = torch.randn(tokens, dim, device=DEVICE).to(self.y_dtype)
-        self.elements, self.rows_by_rank = tokens * dim, tokens * rank
-
-    def forward(self, function: Callable[..., Tensor]) -> Tensor:
-        """As in training: with what the backward pass needs."""
-        with torch.autocast(DEVICE, BF16) if self.mix.autocast else contextlib.nullcontext():
-            return function(*self.inputs)
-
-    def both(self, function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.forward(function), [t for t in self.inputs if t is not None], self.grad)
-
-    def copy(self) -> Callable[[], Tensor]:
-        source, target = self.inputs[0].detach(), torch.empty_like(self.inputs[0])
-        return lambda: target.copy_(source)
-
-    def compulsory_bytes(self) -> int:
-        """x and a residual of its own read, y and the hidden layer (float32) written."""
-        streams = self.mix.x.itemsize + self.y_dtype.itemsize
-        streams += self.mix.residual.itemsize if self.mix.residual else 0
-        return streams * self.elements + 4 * self.rows_by_rank
-
-    def check(self) -> dict[str, float]:
-        """How far ours is from eager, in parts of what the branch adds; raises where that is more than rounding."""
-        with torch.no_grad():
-            base = self.inputs[0] if self.inputs[1] is None else self.inputs[1]
-            found, expected = self.forward(ours).float(), self.forward(eager).float()
-            branch, difference, whole = (
-                t.square().mean().sqrt().item() for t in (expected - base.float(), found - expected, expected)
-            )
-        of_branch = 0.03 if self.mix.autocast or self.mix.x != F32 else 0.01
-        # Written so that a NaN fails.
-        if not difference <= of_branch * branch + torch.finfo(self.y_dtype).eps * whole:
-            raise ArithmeticError(f"the output differs from eager's by {difference / branch:.2g} of the branch")
-        return {"difference": float(f"{difference / branch:.2g}")}
-
-    def times(self, functions: dict[str, Callable[..., Tensor]], **options: Any) -> dict[str, Any]:
-        return gpu_times({name: lambda f=f: self.forward(f) for name, f in functions.items()}, **options)
-
-
 Measure = Callable[[Problem], dict[str, Any]]
 EAGER_AND_OURS = {"ours": ours, "eager": eager}
+PASSES = ("forward", "backward", "both")
 
 
 def bandwidth(problem: Problem) -> dict[str, Any]:
-    works = {"ours": lambda: problem.forward(ours), "copy": problem.copy()}
+    works = problem.passes(ours)
     facts = problem.check()
-    times = gpu_times(works, rounds=25)
-    copy = 2 * problem.elements * problem.mix.x.itemsize / times["copy"]["median"] / 1e6
-    rate = problem.compulsory_bytes() / times["ours"]["median"] / 1e6
-    arithmetic = 4 * problem.elements * problem.inputs[2].shape[0] / times["ours"]["median"] / 1e9
-    rates = {"GB_per_s": round(rate), "copy_GB_per_s": round(copy), "TFLOP_per_s": float(f"{arithmetic:.3g}")}
-    return facts | {"ms": times} | rates | {"share": round(rate / copy, 4)}
+    times = gpu_times({f"{part} ours": works[part] for part in PASSES[:2]} | {"copy": problem.copy()}, rounds=25)
+    elements = problem.tokens * problem.dim
+    copy = 2 * elements * problem.mix.x.itemsize / times["copy"]["median"] / 1e6
+    row = facts | {"ms": times, "copy_GB_per_s": round(copy), "GB_per_s": {}, "TFLOP_per_s": {}, "share": {}}
+    for (part, compulsory), products in zip(problem.compulsory_bytes().items(), (2, 4), strict=True):
+        took = times[f"{part} ours"]["median"]
+        row["GB_per_s"][part] = round(compulsory / took / 1e6)
+        row["TFLOP_per_s"][part] = float(f"{2 * products * elements * problem.rank / took / 1e9:.3g}")
+        row["share"][part] = round(compulsory / took / 1e6 / copy, 4)
+    return row
 
 
 def ratios(problem: Problem) -> dict[str, Any]:
-    facts = problem.check()
-    return facts | {"ms": problem.times(EAGER_AND_OURS | {"compile": torch.compile(eager, dynamic=False)})}
+    functions = EAGER_AND_OURS | {"compile": torch.compile(eager, dynamic=False)}
+    return problem.check() | {"ms": problem.times(functions, PASSES)}
 
 
 def autotune(problem: Problem) -> dict[str, Any]:
     tuned = torch.compile(eager, mode="max-autotune-no-cudagraphs", dynamic=False)
-    return {"ms": problem.times({"ours": ours, "max-autotune": tuned})}
+    return {"ms": problem.times({"ours": ours, "max-autotune": tuned}, PASSES[:1])}
 
 
 def grid(problem: Problem) -> dict[str, Any]:
-    facts = problem.check()
-    times = problem.times(EAGER_AND_OURS, rounds=7, warm_up=0.0)
-    if times["eager"]["median"] < 1.05 * times["ours"]["median"]:  # perhaps by chance
-        times = problem.times(EAGER_AND_OURS, rounds=30)
+    def slower(times: dict[str, Any], part: str) -> bool:
+        return times[f"{part} eager"]["median"] < 1.05 * times[f"{part} ours"]["median"]
+
+    facts, parts = problem.check(), PASSES[:2]
+    times = problem.times(EAGER_AND_OURS, parts, rounds=7, warm_up=0.0)
+    if by_chance := tuple(part for part in parts if slower(times, part)):
+        times |= problem.times(EAGER_AND_OURS, by_chance, rounds=30)
     return facts | {"ms": times}
 
 
-def _both_passes(problem: Problem, function: Callable[..., Tensor]) -> dict[str, Callable[[], object]]:
-    return {"forward": lambda: problem.forward(function), "both": lambda: problem.both(function)}
+def _calls(problem: Problem, function: Function) -> dict[str, Work]:
+    """What a training loop calls."""
+    return {part: work for part, work in problem.passes(function).items() if part != "backward"}
 
 
 def host(problem: Problem) -> dict[str, Any]:
-    works = {f"{part} {name}": w for name, f in EAGER_AND_OURS.items() for part, w in _both_passes(problem, f).items()}
+    works = {f"{part} {name}": w for name, f in EAGER_AND_OURS.items() for part, w in _calls(problem, f).items()}
     return {"us": host_times(works)}
+
+
+def module_step(problem: Problem) -> Work:
+    """Forward and backward of the module, with the gradients of x and of all its parameters."""
+    module = FusedAdapter(
+        problem.dim, problem.rank, device=problem.grad.device, dtype=problem.mix.parameters, init="bert"
+    )
+    wanted = [problem.inputs["x"], *module.parameters()]
+
+    def step() -> tuple[Tensor, ...]:
+        with problem.autocast():
+            y = module(problem.inputs["x"], problem.inputs["residual"])
+        return torch.autograd.grad(y, wanted, problem.grad)
+
+    return step
+
+
+def memory(problem: Problem, function: Function) -> dict[str, int]:
+    """Bytes that the forward pass keeps for the backward pass beside its inputs, and that the backward pass takes at
+    most beside its results."""
+    inputs = {t.untyped_storage().data_ptr() for t in problem.tensors.values()}
+    saved = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = problem.forward(function)
+    workspace = peak_bytes(lambda: problem.backward(y, retain_graph=True))
+    return {"saved": sum(size for at, size in saved.items() if at not in inputs), "workspace": workspace}
 
 
 def launches(problem: Problem) -> dict[str, Any]:
     """Not beside `host`: a process that has profiled launches more slowly from then on."""
-    row = {"waits": {part: waits_for_gpu(work) for part, work in _both_passes(problem, ours).items()}}
-    row["kernel_names"] = {part: kernels(work) for part, work in _both_passes(problem, ours).items()}
-    row["kernels"] = {
-        name: {part: len(kernels(work)) for part, work in _both_passes(problem, function).items()}
+    row = {"waits": {part: waits_for_gpu(work) for part, work in _calls(problem, ours).items()}}
+    row["bytes"] = {name: memory(problem, function) for name, function in EAGER_AND_OURS.items()}
+    names = {
+        name: {part: kernels(work) for part, work in _calls(problem, function).items()}
         for name, function in EAGER_AND_OURS.items()
     }
+    row["kernels"] = {name: {part: len(of_part) for part, of_part in parts.items()} for name, parts in names.items()}
+    row["kernel_names"] = names["ours"]
+    row["foreign"] = [name for name in kernels(module_step(problem)) if "vitadapter" not in name]
     return row
 
 
-def sweep(problem: Problem) -> dict[str, Any]:
-    works, unfit = {}, []
-
-    def under(plan: gpu_plans.Plan) -> Tensor | None:
-        return gpu_plans.result_under(plan, lambda: problem.forward(ours))
-
-    expected = problem.forward(eager).float()
+def _forward_plans(problem: Problem, expected: dict[str, Tensor]) -> dict[str, Work | None]:
+    """The forward pass under each plan, None where it does not fit; what is timed is right."""
+    works = {}
     for plan in (gpu_plans.AUTOMATIC, gpu_plans.SIMPLE, *gpu_plans.FAST):
-        y = under(plan)
-        if y is None:
-            unfit.append(str(plan))
-            continue
-        if not (y.float() - expected).square().mean() <= 1e-4 * expected.square().mean():
-            raise ArithmeticError(f"the output under the plan {plan!s} is not eager's")
-        works[str(plan)] = lambda plan=plan: under(plan)
-    del expected, y
-    return {"ms": gpu_times(works, rounds=7), "unfit": unfit}
+
+        def work(plan: gpu_plans.Plan = plan) -> Tensor | None:
+            return gpu_plans.result_under(plan, lambda: problem.forward(ours))
+
+        y = work()
+        if y is not None:
+            problem.compare({"y": y.detach()}, expected)
+        works[f"forward {plan}"] = None if y is None else work
+    return works
+
+
+def _backward_plans(problem: Problem, expected: dict[str, Tensor]) -> dict[str, Work | None]:
+    """The same for the backward pass; the simple kernels would take too long."""
+    works = {}
+    for plan in (gpu_plans.AUTOMATIC, *gpu_plans.FAST, *gpu_plans.SLICED):
+
+        def then(y: Tensor, plan: gpu_plans.Plan = plan) -> tuple[Tensor, ...] | None:
+            return gpu_plans.result_under(plan, lambda: problem.backward(y))
+
+        work = After(lambda: problem.forward(ours), then)
+        gradients = work()
+        if gradients is not None:
+            problem.compare(problem.named(gradients), expected)
+        works[f"backward {plan}"] = None if gradients is None else work
+    return works
+
+
+def sweep(problem: Problem) -> dict[str, Any]:
+    expected = problem.results(eager)
+    works = _forward_plans(problem, expected) | _backward_plans(problem, expected)
+    unfit = [name for name, work in works.items() if work is None]
+    return {"ms": gpu_times({name: work for name, work in works.items() if work}, rounds=7), "unfit": unfit}
 
 
 def _grid_sizes() -> Iterator[tuple]:

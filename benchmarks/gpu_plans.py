@@ -1,4 +1,4 @@
-"""Which ways has the fast CUDA kernel to cut a problem into tiles, and how is one of them forced?"""
+"""Which ways have the fast CUDA kernels to cut a problem up, and how is one of them forced?"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,21 +8,27 @@ import torch
 
 
 class Plan(NamedTuple):
-    """tile_rows: 0 automatic, -1 the simple kernels, else rows of a tile; keep: -1 automatic, 0 x is read twice (it is
-    streamed), 1 it stays in shared memory for the residual."""
+    """tile_rows: 0 automatic, -1 the simple kernels, else rows of a tile; keep: -1 automatic, 0 x, in the
+    backward pass dy, is read twice (it is streamed), 1 it stays in shared memory for the residual; slices: 0 automatic,
+    else in how many parts the backward pass sums the rows for the weights' gradients."""
 
     tile_rows: int
     keep: int = -1
+    slices: int = 0
 
     def __str__(self) -> str:
-        if self.tile_rows <= 0:
-            return "automatic" if self.tile_rows == 0 else "simple"
-        return f"{self.tile_rows} rows {'kept' if self.keep else 'streamed'}"
+        if self.tile_rows < 0:
+            return "simple"
+        words = [f"{self.tile_rows} rows {'kept' if self.keep else 'streamed'}"] if self.tile_rows else []
+        words += [f"{self.slices} slices"] if self.slices else []
+        return ", ".join(words) or "automatic"
 
 
 AUTOMATIC, SIMPLE = Plan(0), Plan(-1)
 # Every plan that a kernel may have; which of them fit depends on the problem and on the GPU.
 FAST = [Plan(rows, keep) for rows in (32, 64, 128) for keep in (0, 1)]
+# For the backward pass alone; these give other bits.
+SLICED = [Plan(0, slices=slices) for slices in (4, 8, 16, 24, 32, 40)]
 
 
 @contextlib.contextmanager

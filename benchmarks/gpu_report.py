@@ -7,23 +7,29 @@ from benchmarks.report import judged, table
 Record = dict[str, Any]
 Row = dict[str, Any]
 
-# Of the same run's copy rate, forward, by rank; compulsory bytes alone are counted.
-SHARE = {8: 0.85, 64: 0.85, 128: 0.65, 256: 0.35}
-# How many times as long the others take, forward.
-OVER_EAGER, OVER_EAGER_WITH_RESIDUAL, OVER_COMPILE, OVER_AUTOTUNE = 3.0, 2.1, 1.5, 1.15
+WORDS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+# Of the same run's copy rate, by rank; compulsory bytes alone are counted.
+SHARE = {"forward": {8: 0.85, 64: 0.85, 128: 0.65, 256: 0.35}, "backward": {8: 0.55, 64: 0.55}}
+# What a kernel that kept its partial sums on the chip would be asked for.
+STRETCH = 0.7
+# How many times as long the others take.
+OVER = {"forward": {"eager": 3.0, "compile": 1.5}, "backward": {"eager": 1.9, "compile": 1.4}}
+FORWARD_OVER_EAGER_WITH_RESIDUAL, FORWARD_OVER_AUTOTUNE = 2.1, 1.15
 HOST_US = {"forward": 15, "both": 70}
 HOST_OF_EAGER = 0.5
 KERNELS = {"forward": 1, "both": 4}  # one forward, at most three backward
+WORKSPACE_MB = 16  # and a float32 for each token and rank; as much as that is kept for the backward pass at most
+MB = 1 << 20
 
 TITLES = {
     "build": "Build",
     "checks": "Tests and compute-sanitizer",
-    "bandwidth": "Forward beside a copy",
-    "ratios": "Forward beside eager and torch.compile",
+    "bandwidth": "Forward and backward beside a copy",
+    "ratios": "Forward and backward beside eager and torch.compile",
     "host": "What a call costs the host",
-    "launches": "Kernels and waiting",
-    "grid": "Many sizes and mixes of dtypes against eager, forward",
-    "sweep": "Forward under each plan (ms)",
+    "launches": "Kernels, waiting and memory",
+    "grid": "Many sizes and mixes of dtypes against eager, forward and backward",
+    "sweep": "Forward and backward under each plan (ms)",
     "autotune": "Forward beside torch.compile, max-autotune without its own CUDA graphs",
 }
 
@@ -55,34 +61,46 @@ def _judged(what: str, of: str, measured: float, target: float, at_most: bool = 
     return {"what": what, "size": of, **judged(measured, target, at_most)}
 
 
-def ratio(row: Row, to: str) -> float:
-    return row["ms"][to]["median"] / row["ms"]["ours"]["median"]
+def ratio(row: Row, part: str, to: str) -> float:
+    return row["ms"][f"{part} {to}"]["median"] / row["ms"][f"{part} ours"]["median"]
 
 
 def _bandwidth(rows: list[Row]) -> list[Row]:
-    return [_judged("forward, share of copy rate", size(row), row["share"], SHARE[row["rank"]]) for row in rows]
+    found = []
+    for row in rows:
+        for part, share in row["share"].items():
+            if target := SHARE[part].get(row["rank"]):
+                found.append(_judged(f"{part}, share of copy rate", size(row), share, target))
+        if row["rank"] in SHARE["backward"]:
+            what = "backward, share of copy rate, as in one pass"
+            found.append(_judged(what, size(row), row["share"]["backward"], STRETCH))
+    return found
 
 
 def _ratios(rows: list[Row]) -> list[Row]:
     found = []
     for row in rows:
-        over_eager = OVER_EAGER_WITH_RESIDUAL if "residual" in row["mix"] else OVER_EAGER
-        found.append(_judged("forward over eager", size(row), ratio(row, "eager"), over_eager))
-        found.append(_judged("forward over compile", size(row), ratio(row, "compile"), OVER_COMPILE))
+        for part, others in OVER.items():
+            for other, target in others.items():
+                if (part, other) == ("forward", "eager") and "residual" in row["mix"]:
+                    target = FORWARD_OVER_EAGER_WITH_RESIDUAL
+                found.append(_judged(f"{part} over {other}", size(row), ratio(row, part, other), target))
     return found
 
 
 def _autotune(rows: list[Row]) -> list[Row]:
-    return [_judged("forward over max-autotune", size(r), ratio(r, "max-autotune"), OVER_AUTOTUNE) for r in rows]
+    what, target = "forward over max-autotune", FORWARD_OVER_AUTOTUNE
+    return [_judged(what, size(row), ratio(row, "forward", "max-autotune"), target) for row in rows]
 
 
 def _grid(rows: list[Row]) -> list[Row]:
-    if not rows:
-        return []
-    worst = min(rows, key=lambda row: ratio(row, "eager"))
-    slower = sum(ratio(row, "eager") < 1 for row in rows)
-    of = f"{size(worst)}, the worst of {len(rows)}; {slower} below 1"
-    return [_judged("forward over eager, any size", of, ratio(worst, "eager"), 1.0)]
+    found = []
+    for part in OVER if rows else ():
+        worst = min(rows, key=lambda row: ratio(row, part, "eager"))
+        slower = sum(ratio(row, part, "eager") < 1 for row in rows)
+        of = f"{size(worst)}, the worst of {len(rows)}; {slower} below 1"
+        found.append(_judged(f"{part} over eager, any size", of, ratio(worst, part, "eager"), 1.0))
+    return found
 
 
 def _host(rows: list[Row]) -> list[Row]:
@@ -90,7 +108,7 @@ def _host(rows: list[Row]) -> list[Row]:
     for row in rows:
         for part, target in HOST_US.items():
             our, eagers = (row["us"][f"{part} {name}"]["median"] for name in ("ours", "eager"))
-            words = _PASSES[part]
+            words = WORDS[part]
             found.append(_judged(f"host, {words} (µs)", size(row), our, target, at_most=True))
             found.append(_judged(f"host, {words}, of eager's", size(row), our / eagers, HOST_OF_EAGER, at_most=True))
     return found
@@ -98,15 +116,22 @@ def _host(rows: list[Row]) -> list[Row]:
 
 def _launches(rows: list[Row]) -> list[Row]:
     found = []
+
+    def at_most(row: Row, what: str, measured: float, target: float) -> None:
+        found.append(_judged(what, size(row), measured, target, at_most=True))
+
     for row in rows:
         for part, target in KERNELS.items():
-            words = _PASSES[part]
-            found.append(_judged(f"kernels, {words}", size(row), row["kernels"]["ours"][part], target, at_most=True))
-            found.append(_judged(f"waits for the GPU, {words}", size(row), int(row["waits"][part]), 0, at_most=True))
+            at_most(row, f"kernels, {WORDS[part]}", row["kernels"]["ours"][part], target)
+            at_most(row, f"waits for the GPU, {WORDS[part]}", int(row["waits"][part]), 0)
+        at_most(row, "FusedAdapter, kernels that are not ours", len(row["foreign"]), 0)
+        hidden_mb = 4 * row["tokens"] * row["rank"] / MB
+        our = {what: size / MB for what, size in row["bytes"]["ours"].items()}
+        at_most(row, "saved for backward beside the inputs (MB)", our["saved"], hidden_mb)
+        at_most(row, "workspace, backward (MB)", our["workspace"], WORKSPACE_MB + hidden_mb)
     return found
 
 
-_PASSES = {"forward": "forward", "both": "forward + backward"}
 _TARGETS = {
     "bandwidth": _bandwidth,
     "ratios": _ratios,
@@ -132,47 +157,86 @@ def phases_table(phases: dict[str, Row]) -> str:
 
 
 def phase_table(name: str, phase: Row) -> str:
-    """What a phase measured, one line a cell: medians with p20–p80 (ms, host µs), then its other numbers."""
-    rows, errors = [], []
+    """What a phase measured, one line a cell and pass: medians with p20–p80 (ms, host µs), then its other numbers."""
+    lines, errors = [], []
     for row in phase["rows"]:
         if "error" in row:
             errors.append(f"- {size(row)}: {row['error']}")
-        elif name != "grid" or ratio(row, "eager") < 1.1:
-            rows.append([size(row), *_cells(row)])
+        else:
+            lines += [[size(row), *cells] for cells in _LINES.get(name, _times)(row)]
     parts = []
     if name == "grid":
         parts.append(f"{len(phase['rows']) - len(errors)} sizes were measured; eager / ours below 1.1:")
-    if rows:
-        columns = max(map(len, rows))
-        rows = [row + [""] * (columns - len(row)) for row in rows]
-        parts.append(table(["size", *_header(name, columns - 1)], rows))
+    if lines:
+        columns = max(map(len, lines))
+        header = ["size", *_HEADERS.get(name, ["pass"])]
+        header += [""] * (columns - len(header))
+        parts.append(table(header, [line + [""] * (columns - len(line)) for line in lines]))
     elif name != "grid" or not phase["rows"]:
         parts.append("Nothing was measured.")
     return "\n\n".join([*parts, "\n".join(errors)] if errors else parts)
 
 
-def _cells(row: Row) -> list[str]:
-    if "kernels" in row:
-        counts = [", ".join(str(row["kernels"][name][part]) for part in _PASSES) for name in ("ours", "eager")]
-        return [*counts, ", ".join(row["kernel_names"]["forward"])[:60]]
+def _of_part(row: Row, part: str) -> dict[str, Row]:
+    """The times of a pass, by whose they are; a copy is beside every pass."""
     spreads = row.get("ms") or row["us"]
-    cells = [f"{name} {s['median']:.4g} ({s['p20']:.4g}–{s['p80']:.4g})" for name, s in spreads.items()]
-    if "unfit" in row:  # a sweep: the fastest first
-        by_time = sorted(spreads.items(), key=lambda plan: plan[1]["median"])
-        times = ", ".join(f"{plan} {spread['median']:.4g}" for plan, spread in by_time)
-        return [times, ", ".join(row["unfit"])]
-    cells += [f"{row[key]:,} {key.replace('_per_', '/')}" for key in ("GB_per_s", "TFLOP_per_s") if key in row]
-    cells += [f"{100 * row['share']:.0f} % of copy"] if "share" in row else []
-    cells += [f"eager / ours {ratio(row, 'eager'):.2f}"] if "eager" in row.get("ms", {}) else []
-    return cells
+    found = {name.removeprefix(f"{part} "): spread for name, spread in spreads.items() if name.startswith(f"{part} ")}
+    return found | {name: spread for name, spread in spreads.items() if name == "copy"} if found else {}
 
 
-def _header(name: str, columns: int) -> list[str]:
-    if name == "sweep":
-        return ["plans that fit, the fastest first", "plans that do not fit"]
-    if name == "launches":
-        return ["launches of ours, forward and forward + backward", "of eager", "the forward kernel"]
-    return [""] * columns
+def _times(row: Row) -> list[list[str]]:
+    lines = []
+    for part, words in WORDS.items():
+        spreads = _of_part(row, part)
+        if not spreads:
+            continue
+        line = [f"{name} {s['median']:.4g} ({s['p20']:.4g}–{s['p80']:.4g})" for name, s in spreads.items()]
+        for key in ("GB_per_s", "TFLOP_per_s"):
+            line += [f"{row[key][part]:,} {key.replace('_per_', '/')}"] if key in row else []
+        line += [f"{100 * row['share'][part]:.0f} % of copy"] if "share" in row else []
+        if "ms" in row:
+            others = [name for name in spreads if name not in ("ours", "copy")]
+            line += [f"{other} / ours {ratio(row, part, other):.2f}" for other in others]
+        lines.append([words, *line])
+    return lines
+
+
+def _grid_lines(row: Row) -> list[list[str]]:
+    return [line for part, line in zip(OVER, _times(row), strict=True) if ratio(row, part, "eager") < 1.1]
+
+
+def _sweep_lines(row: Row) -> list[list[str]]:
+    lines = []
+    for part in OVER:
+        by_time = sorted(_of_part(row, part).items(), key=lambda plan: plan[1]["median"])
+        unfit = [name.removeprefix(f"{part} ") for name in row["unfit"] if name.startswith(f"{part} ")]
+        times = "; ".join(f"{plan} {spread['median']:.4g}" for plan, spread in by_time)
+        lines.append([WORDS[part], times, "; ".join(unfit)])
+    return lines
+
+
+def _launch_lines(row: Row) -> list[list[str]]:
+    counts = [", ".join(str(row["kernels"][name][part]) for part in KERNELS) for name in ("ours", "eager")]
+    sizes = [
+        ", ".join(f"{row['bytes'][name][what] / MB:.4g}" for what in ("saved", "workspace"))
+        for name in ("ours", "eager")
+    ]
+    names = "; ".join(name.removeprefix("void vitadapter::cuda::")[:60] for name in row["kernel_names"]["both"])
+    return [[*counts, *sizes, names, "; ".join(row["foreign"]) or "none"]]
+
+
+_LINES = {"grid": _grid_lines, "sweep": _sweep_lines, "launches": _launch_lines}
+_HEADERS = {
+    "sweep": ["pass", "plans that fit, the fastest first", "plans that do not fit"],
+    "launches": [
+        "launches of ours, forward and forward + backward",
+        "of eager",
+        "MB of ours, saved and workspace",
+        "of eager",
+        "our kernels",
+        "other kernels of FusedAdapter",
+    ],
+}
 
 
 def document(record: Record) -> str:

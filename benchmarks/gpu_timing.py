@@ -1,10 +1,11 @@
 """How is work on a GPU timed? What it takes there, as replays of CUDA graphs in turns; what it costs the host to ask
-for it; how many kernels it launches, and whether it waits for any."""
+for it; how many kernels it launches, whether it waits for any, and how much memory it takes."""
 
 import functools
 import gc
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -12,6 +13,16 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.interleaved import spread
 
 Work = Callable[[], object]
+
+
+class After(NamedTuple):
+    """Work that gets what other work returned, such as a backward pass; only `then` is timed."""
+
+    first: Work
+    then: Callable[[Any], object]
+
+    def __call__(self) -> object:
+        return self.then(self.first())
 
 
 @functools.cache
@@ -29,10 +40,13 @@ class Replay:
 
     The events that time it are nodes of the graph, right before and right after the work. The other way, [cool, work]
     less [cool], would add the noise of two more times, each as long as a small kernel's; and without a graph the gaps
-    between launches would count, which is the host's time.
+    between launches would count, which is the host's time. What the work comes after is in the graph too, before all
+    that: autograd runs a backward pass on the stream of its forward pass, and only one stream is captured. So no
+    result of an earlier forward pass may be alive with its graph, either: its inputs would keep their stream.
     """
 
     def __init__(self, work: Work):
+        first, then = work if isinstance(work, After) else (lambda: None, lambda _: work())
         work()  # what compiles or tunes itself does it on the default stream
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -44,9 +58,10 @@ class Replay:
         self._begin, self._end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
+            before = first()
             _cool_l2()
             self._begin.record()
-            work()
+            then(before)
             self._end.record()
 
     def seconds(self) -> float:
@@ -117,3 +132,14 @@ def waits_for_gpu(work: Work) -> bool:
     waited = before.query()
     torch.cuda.synchronize()
     return waited
+
+
+def peak_bytes(work: Work) -> int:
+    """How many bytes on the GPU a call asks for at most at a time, beside what it returns."""
+    work()  # libraries have their own memory from now on
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    result = work()
+    found = torch.cuda.memory_stats()
+    del result
+    return found["requested_bytes.all.peak"] - found["requested_bytes.all.current"]

@@ -44,7 +44,7 @@ def run(op, arguments: dict, grad: torch.Tensor, **options) -> dict[str, torch.T
     """The output and the gradients of all tensors, by name."""
     y = op(**arguments, **options)
     names, tensors = zip(*tensors_of(arguments).items(), strict=True)
-    return {"y": y, **dict(zip(names, torch.autograd.grad(y, tensors, grad.to(y.dtype)), strict=True))}
+    return {"y": y.detach(), **dict(zip(names, torch.autograd.grad(y, tensors, grad.to(y.dtype)), strict=True))}
 
 
 def eager(x, down, up, down_bias, up_bias, scale, residual, activation="gelu", compute_dtype=None):

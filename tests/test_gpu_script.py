@@ -1,21 +1,31 @@
 """Does `make gpu` keep to its time, say what failed, and set numbers beside the right targets? Without a GPU."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cells, gpu_plans, gpu_report
+from benchmarks import gpu, gpu_cells, gpu_plans, gpu_problem, gpu_report, gpu_timing
 
 TINY = (16, 4, 6)  # dim, rank, tokens
 
 
-def spreads(unit: str = "ms", **medians: float) -> dict:
-    return {unit: {name.replace("_", " "): {"median": m, "p20": m, "p80": m} for name, m in medians.items()}}
+def spreads(unit: str = "ms", part: str = "", **medians: float) -> dict:
+    """The times of a row; a pass goes before every name, or the names have theirs."""
+    names = {f"{part} {name}" if part else name.replace("_", " "): median for name, median in medians.items()}
+    return {unit: {name: {"median": m, "p20": m, "p80": m} for name, m in names.items()}}
+
+
+def passes(*parts: dict) -> dict:
+    """The times of several passes as one row's."""
+    return {"ms": {name: spread for part in parts for name, spread in part["ms"].items()}}
 
 
 def row(mix="bfloat16", rank=64, tokens=131_072, **facts) -> dict:
@@ -26,28 +36,70 @@ def phase(*rows, status="complete", **facts) -> dict:
     return {"status": status, "well": True, "seconds": 1, "rows": list(rows), **facts}
 
 
+HIDDEN = 131_072 * 64 * 4  # bytes
 LAUNCHES = {
     "kernels": {"ours": {"forward": 1, "both": 5}, "eager": {"forward": 4, "both": 12}},
     "kernel_names": {"forward": ["sandwich"], "both": ["sandwich", "a", "b", "c", "d"]},
+    "foreign": ["a copy"],
+    "bytes": {
+        "ours": {"saved": HIDDEN, "workspace": HIDDEN + (17 << 20)},
+        "eager": {"saved": 2 * HIDDEN, "workspace": 3 * HIDDEN},
+    },
     "waits": {"forward": False, "both": True},
+}
+RATES = {
+    "copy_GB_per_s": 4300,
+    "GB_per_s": {"forward": 3700, "backward": 2600},
+    "TFLOP_per_s": {"forward": 90.0, "backward": 120.0},
 }
 PHASES = {
     "build": {"status": "complete", "well": True, "seconds": 60},
     "checks": {"status": "tests: 3 passed", "well": True, "seconds": 60},
     "bandwidth": phase(
-        row(share=0.86, GB_per_s=3700, TFLOP_per_s=90.0, **spreads(ours=0.1, copy=0.09)),
-        row(rank=256, share=0.3, GB_per_s=1300, TFLOP_per_s=200.0, **spreads(ours=0.4, copy=0.09)),
+        row(
+            share={"forward": 0.86, "backward": 0.6}, **RATES, **spreads(forward_ours=0.1, backward_ours=0.2, copy=0.09)
+        ),
+        row(
+            rank=256,
+            share={"forward": 0.3, "backward": 0.2},
+            **RATES,
+            **spreads(forward_ours=0.4, backward_ours=0.9, copy=0.09),
+        ),
         status="out of time",
     ),
     "ratios": phase(
-        row(**spreads(ours=1.0, eager=3.2, compile=1.4)),
-        row(mix="bfloat16, residual", **spreads(ours=1.0, eager=2.2, compile=1.6)),
-        row(rank=8, error="ArithmeticError: the output differs"),
+        row(
+            **passes(
+                spreads(part="forward", ours=1.0, eager=3.2, compile=1.4),
+                spreads(part="backward", ours=2.0, eager=3.6, compile=3.0),
+                spreads(part="both", ours=3.0, eager=6.8, compile=4.4),
+            )
+        ),
+        row(
+            mix="bfloat16, residual",
+            **passes(
+                spreads(part="forward", ours=1.0, eager=2.2, compile=1.6),
+                spreads(part="backward", ours=1.0, eager=2.2, compile=1.6),
+                spreads(part="both", ours=2.0, eager=4.4, compile=3.2),
+            ),
+        ),
+        row(rank=8, error="ArithmeticError: y differs"),
     ),
     "host": phase(row(**spreads("us", forward_ours=16, both_ours=50, forward_eager=40, both_eager=90))),
     "launches": phase(row(**LAUNCHES)),
-    "grid": phase(row(**spreads(ours=1.0, eager=2.0)), row(rank=3, **spreads(ours=1.0, eager=0.8))),
-    "sweep": phase(row(unfit=["16 rows kept"], **spreads(automatic=0.12, simple=3.0, fast=0.11))),
+    "grid": phase(
+        row(**spreads(forward_ours=1.0, forward_eager=2.0, backward_ours=1.0, backward_eager=1.05)),
+        row(rank=3, **spreads(forward_ours=1.0, forward_eager=0.8, backward_ours=1.0, backward_eager=1.5)),
+    ),
+    "sweep": phase(
+        row(
+            unfit=["forward 16 rows kept", "backward 8 rows kept"],
+            **passes(
+                spreads(part="forward", automatic=0.12, simple=3.0, fast=0.11),
+                spreads(part="backward", automatic=0.2, fast=0.19),
+            ),
+        )
+    ),
     "autotune": phase(status="no time was left"),
 }
 
@@ -58,22 +110,35 @@ def test_every_number_stands_beside_its_target():
     for judged in found:
         by_what.setdefault(judged["what"], []).append(judged.get("target"))
     assert by_what["forward, share of copy rate"] == [0.85, 0.35]
-    assert by_what["forward over eager"] == [3.0, 2.1]
-    assert by_what["forward over compile"] == [1.5, 1.5]
+    assert by_what["backward, share of copy rate"] == [0.55]
+    assert by_what["backward, share of copy rate, as in one pass"] == [0.7]
+    assert by_what["forward over eager"] == [3.0, 2.1] and by_what["backward over eager"] == [1.9, 1.9]
+    assert by_what["forward over compile"] == [1.5, 1.5] and by_what["backward over compile"] == [1.4, 1.4]
+    assert by_what["saved for backward beside the inputs (MB)"] == [32]
+    assert by_what["workspace, backward (MB)"] == [48]
     verdicts = {(j["what"], j["size"]): j["verdict"] for j in found}
     large = "131,072 × 768 r"
     assert verdicts["forward, share of copy rate", f"bfloat16 {large} 64"] == "reached"
     assert verdicts["forward, share of copy rate", f"bfloat16 {large} 256"] == "short by 0.05"
-    assert verdicts["forward beside a copy", "the rest"] == "not measured: out of time"
+    assert verdicts["backward, share of copy rate", f"bfloat16 {large} 64"] == "reached"
+    assert verdicts["backward, share of copy rate, as in one pass", f"bfloat16 {large} 64"] == "short by 0.1"
+    assert verdicts["forward and backward beside a copy", "the rest"] == "not measured: out of time"
     assert verdicts["forward over compile", f"bfloat16 {large} 64"] == "short by 0.1"
-    assert verdicts["forward beside eager and torch.compile", f"bfloat16 {large} 8"].startswith("not measured: Arith")
+    assert verdicts["backward over eager", f"bfloat16 {large} 64"] == "short by 0.1"
+    assert verdicts["backward over eager", f"bfloat16, residual {large} 64"] == "reached"
+    failed = verdicts["forward and backward beside eager and torch.compile", f"bfloat16 {large} 8"]
+    assert failed == "not measured: ArithmeticError: y differs"
     assert verdicts["host, forward (µs)", f"bfloat16 {large} 64"] == "over by 1"
     assert verdicts["host, forward, of eager's", f"bfloat16 {large} 64"] == "reached"
     assert verdicts["host, forward + backward, of eager's", f"bfloat16 {large} 64"] == "over by 0.056"
     assert verdicts["kernels, forward", f"bfloat16 {large} 64"] == "reached"
     assert verdicts["kernels, forward + backward", f"bfloat16 {large} 64"] == "over by 1"
     assert verdicts["waits for the GPU, forward + backward", f"bfloat16 {large} 64"] == "over by 1"
+    assert verdicts["FusedAdapter, kernels that are not ours", f"bfloat16 {large} 64"] == "over by 1"
+    assert verdicts["saved for backward beside the inputs (MB)", f"bfloat16 {large} 64"] == "reached"
+    assert verdicts["workspace, backward (MB)", f"bfloat16 {large} 64"] == "over by 1"
     assert verdicts["forward over eager, any size", f"bfloat16 {large} 3, the worst of 2; 1 below 1"] == "short by 0.2"
+    assert verdicts["backward over eager, any size", f"bfloat16 {large} 64, the worst of 2; 0 below 1"] == "reached"
     assert verdicts[gpu_report.TITLES["autotune"].lower(), "everything"] == "not measured: no time was left"
     reached = sum(verdict == "reached" for verdict in verdicts.values())
     assert f"{reached} of {len(found)} targets reached." in gpu_report.targets_table(found)
@@ -85,17 +150,28 @@ def test_the_document_has_every_phase_and_its_rows():
     for name in ("bandwidth", "ratios", "host", "launches", "grid", "sweep", "autotune"):
         assert f"## {gpu_report.TITLES[name]}\n" in text
     assert "- gpu: NVIDIA X" in text and "86 % of copy" in text
-    assert "fast 0.11, automatic 0.12, simple 3" in text and "16 rows kept" in text
+    assert "fast 0.11; automatic 0.12; simple 3" in text and "fast 0.19; automatic 0.2" in text
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    large = "bfloat16 131,072 × 768 r"
+    assert [f"{large} 64", "forward", "fast 0.11; automatic 0.12; simple 3", "16 rows kept"] in lines
+    assert [f"{large} 64", "backward", "fast 0.19; automatic 0.2", "8 rows kept"] in lines
+    (backward,) = (line for line in lines if line[:2] == [f"{large} 64", "backward"] and "ours 2 (2–2)" in line)
+    assert backward[-2:] == ["eager / ours 1.80", "compile / ours 1.50"]
+    (of_copy,) = (line for line in lines if line[:2] == [f"{large} 64", "backward"] and "60 % of copy" in line)
+    assert of_copy[2:4] == ["ours 0.2 (0.2–0.2)", "copy 0.09 (0.09–0.09)"]
     assert "2 sizes were measured; eager / ours below 1.1:" in text
-    assert "- bfloat16 131,072 × 768 r 8: ArithmeticError: the output differs" in text
+    below = [line[:2] for line in lines if line[-1:] in (["eager / ours 0.80"], ["eager / ours 1.05"])]
+    assert below == [[f"{large} 64", "backward"], [f"{large} 3", "forward"]]
+    assert "| 1, 5 " in text and "| 32, 49 " in text and "sandwich; a; b; c; d" in text and "a copy" in text
+    assert f"- {large} 8: ArithmeticError: y differs" in text
 
 
 def test_every_phase_has_a_limit_a_title_and_sizes_of_known_mixes():
     assert list(gpu.LIMITS) == list(gpu_report.TITLES) == ["build", "checks", *gpu_cells.PHASES]
     for _, sizes in gpu_cells.PHASES.values():
-        assert sizes and len(set(sizes)) == len(sizes) and {size[0] for size in sizes} <= set(gpu_cells.MIXES)
+        assert sizes and len(set(sizes)) == len(sizes) and {size[0] for size in sizes} <= set(gpu_problem.MIXES)
     grid = gpu_cells.PHASES["grid"][1]
-    for mix in gpu_cells.MIXES:
+    for mix in gpu_problem.MIXES:
         assert {size[2] for size in grid if size[0] == mix} == {1, 3, 8, 16, 64, 128, 256}
 
 
@@ -276,21 +352,22 @@ def test_checks_run_beside_each_other_and_each_is_heard(monkeypatch):
     assert done["status"] == "tests: 2 passed; memcheck: 1 passed; racecheck: did not finish in time" and done["well"]
 
 
-@pytest.mark.parametrize("mix", gpu_cells.MIXES)
+@pytest.mark.parametrize("mix", gpu_problem.MIXES)
 def test_every_phase_runs_every_mix(monkeypatch, mix):
-    monkeypatch.setattr(gpu_cells, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_problem, "DEVICE", "cpu")
 
     def times(works, **options):
         return {name: {"median": 1.0 + (work() is None), "p20": 1.0, "p80": 1.0} for name, work in works.items()}
 
-    monkeypatch.setattr(gpu_cells, "gpu_times", times)
+    for module in (gpu_cells, gpu_problem):
+        monkeypatch.setattr(module, "gpu_times", times)
     monkeypatch.setattr(gpu_cells, "host_times", times)
     monkeypatch.setattr(gpu_cells, "kernels", lambda work: ["kernel"] * (work() is not None))
     monkeypatch.setattr(gpu_cells, "waits_for_gpu", lambda work: work() is None)
-    # One plan fits, and compiling takes long.
-    monkeypatch.setattr(
-        gpu_plans, "result_under", lambda plan, work: work() if plan in (gpu_plans.SIMPLE, gpu_plans.FAST[3]) else None
-    )
+    monkeypatch.setattr(gpu_cells, "peak_bytes", lambda work: work() is None)
+    # A few plans fit, and compiling takes long.
+    fit = (gpu_plans.SIMPLE, gpu_plans.FAST[3], gpu_plans.SLICED[0])
+    monkeypatch.setattr(gpu_plans, "result_under", lambda plan, work: work() if plan in fit else None)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     allowed = torch.backends.cuda.matmul.allow_tf32
     try:
@@ -303,37 +380,125 @@ def test_every_phase_runs_every_mix(monkeypatch, mix):
             assert "error" not in rows[0] and gpu_report.phase_table(name, phases[name])
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-    assert phases["sweep"]["rows"][0]["ms"].keys() == {"simple", "64 rows kept"}
+    found = phases["sweep"]["rows"][0]
+    assert list(found["ms"]) == ["forward simple", "forward 64 rows kept", "backward 64 rows kept", "backward 4 slices"]
+    assert len(found["unfit"]) == 8 + 13 - 4
+    dim, rank, tokens = TINY
+    memory = phases["launches"]["rows"][0]["bytes"]
+    assert memory["ours"]["saved"] == 4 * tokens * rank <= memory["eager"]["saved"]
     for each in phases["bandwidth"]["rows"]:
         each["rank"] = 8  # of the ranks with a target
     judged = gpu_report.targets(phases)
     assert all("not measured" not in each["verdict"] for each in judged)
+    (saved,) = (each for each in judged if each["what"] == "saved for backward beside the inputs (MB)")
+    assert saved["verdict"] == "reached"  # exactly the hidden layer, in float32
 
 
 @pytest.mark.parametrize(
-    ("mix", "bytes_per_element"),
+    ("mix", "forward", "backward"),
     [
-        ("bfloat16", 4),
-        ("bfloat16, residual", 6),
-        ("float32 in bfloat16", 8),
-        ("bfloat16, residual float32", 10),
-        ("float32", 8),
+        ("bfloat16", 4, 6),
+        ("bfloat16, residual", 6, 6),
+        ("float32 in bfloat16", 8, 12),
+        ("bfloat16, residual float32", 10, 8),
+        ("float32", 8, 12),
     ],
 )
-def test_compulsory_bytes(monkeypatch, mix, bytes_per_element):
-    monkeypatch.setattr(gpu_cells, "DEVICE", "cpu")
+def test_compulsory_bytes(monkeypatch, mix, forward, backward):
+    monkeypatch.setattr(gpu_problem, "DEVICE", "cpu")
     dim, rank, tokens = TINY
-    problem = gpu_cells.Problem(mix, *TINY)
-    assert problem.compulsory_bytes() == bytes_per_element * tokens * dim + 4 * tokens * rank
+    problem = gpu_problem.Problem(mix, *TINY)
+    hidden = 4 * tokens * rank
+    assert problem.compulsory_bytes() == {
+        "forward": forward * tokens * dim + hidden,
+        "backward": backward * tokens * dim + hidden,
+    }
 
 
-def test_a_wrong_output_is_not_timed(monkeypatch):
-    monkeypatch.setattr(gpu_cells, "DEVICE", "cpu")
+class Wrong(torch.autograd.Function):
+    """The same value; a gradient that is a little too large."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.1 * grad
+
+
+def wrong(argument):
+    """Eager, with a wrong gradient of one argument."""
+    place = ("x", "residual", "down", "down_bias", "up", "up_bias").index(argument)
+
+    def function(*inputs):
+        return gpu_problem.eager(*inputs[:place], Wrong.apply(inputs[place]), *inputs[place + 1 :])
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("what", "function"),
+    [
+        ("y", lambda *inputs: 1.1 * gpu_problem.eager(*inputs)),
+        ("y", lambda *inputs: float("nan") * gpu_problem.eager(*inputs)),
+        *((f"gradient of {name}", wrong(name)) for name in ("x", "down", "down_bias", "up", "up_bias")),
+    ],
+)
+@pytest.mark.parametrize("mix", ["bfloat16", "float32 in TF32"])
+def test_what_is_wrong_is_not_timed(monkeypatch, mix, what, function):
+    monkeypatch.setattr(gpu_problem, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_cells, "gpu_times", None)
-    monkeypatch.setattr(gpu_cells, "ours", lambda *inputs: 1.1 * gpu_cells.eager(*inputs))
+    monkeypatch.setattr(gpu_problem, "ours", function)
     rows = []
-    gpu_cells.measure([("bfloat16", *TINY)], gpu_cells.bandwidth, 60, rows.append)
-    assert rows[0]["error"].startswith("ArithmeticError: the output differs from eager's by 0.")
+    gpu_cells.measure([(mix, *TINY)], gpu_cells.bandwidth, 60, rows.append)
+    assert rows[0]["error"].startswith(f"ArithmeticError: {what} differs from eager's by ")
+
+
+def test_what_work_comes_after_is_captured_and_not_timed(monkeypatch):
+    order = []
+    events = iter(("begin", "end"))
+
+    def event(**options):
+        assert options == {"enable_timing": True, "external": True}
+        name = next(events)
+        return SimpleNamespace(record=lambda: order.append(name))
+
+    @contextlib.contextmanager
+    def capture(graph):
+        order.clear()
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda stream: contextlib.nullcontext(),
+        "Event": event, "CUDAGraph": lambda: None, "graph": capture,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(gpu_timing, "_cool_l2", lambda: order.append("cool"))
+    gpu_timing.Replay(gpu_timing.After(lambda: order.append("first") or 3, lambda got: order.append(f"then {got}")))
+    assert order == ["first", "cool", "begin", "then 3", "end"]
+    events = iter(("begin", "end"))
+    gpu_timing.Replay(lambda: order.append("work"))
+    assert order == ["cool", "begin", "work", "end"]
+
+
+def test_memory_beside_a_result_is_counted_while_it_is_held(monkeypatch):
+    held = weakref.WeakSet()
+
+    class Result:
+        pass
+
+    def work():
+        result = Result()
+        held.add(result)
+        return result
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    stats = {"requested_bytes.all.peak": 100}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: stats | {"requested_bytes.all.current": 30 * len(held)})
+    assert gpu_timing.peak_bytes(work) == 70
 
 
 def test_cells_stop_in_time_and_go_on_after_an_error(monkeypatch):
@@ -377,7 +542,7 @@ def test_plans_are_forced_and_given_back(monkeypatch):
     for error in (RuntimeError("adapter: down has shape (2,)"), torch.OutOfMemoryError("out of memory")):
         with pytest.raises(RuntimeError):
             gpu_plans.result_under(gpu_plans.SIMPLE, fails(error))
-    assert used == [(32, 0), (0, -1), *[(-1, -1), (0, -1)] * 3]
-    assert [str(plan) for plan in (gpu_plans.AUTOMATIC, gpu_plans.SIMPLE, gpu_plans.FAST[3])] == [
-        "automatic", "simple", "64 rows kept"
-    ]  # fmt: skip
+    assert used == [(32, 0, 0), (0, -1, 0), *[(-1, -1, 0), (0, -1, 0)] * 3]
+    plans = (gpu_plans.AUTOMATIC, gpu_plans.SIMPLE, gpu_plans.FAST[3], gpu_plans.SLICED[1], gpu_plans.Plan(32, 0, 8))
+    names = ["automatic", "simple", "64 rows kept", "8 slices", "32 rows streamed, 8 slices"]
+    assert [str(plan) for plan in plans] == names

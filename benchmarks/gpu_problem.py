@@ -1,0 +1,141 @@
+"""What is computed in one cell of `make gpu`? A mix of dtypes, a size, and the adapter forward and backward: ours, and
+as one writes it in plain PyTorch, against which ours is checked before anything is timed."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu_timing import After, Work, gpu_times
+from vitadapter_ext.ops import adapter
+
+Function = Callable[..., Tensor]
+
+
+class Mix(NamedTuple):
+    x: torch.dtype
+    parameters: torch.dtype
+    residual: torch.dtype | None = None  # None: x is the residual
+    autocast: bool = False  # to bfloat16
+    tf32: bool = False
+
+
+DEVICE = "cuda"  # for the tests, another one
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+MIXES = {
+    "bfloat16": Mix(BF16, BF16),
+    "bfloat16, residual": Mix(BF16, BF16, residual=BF16),
+    "float32 in bfloat16": Mix(F32, F32, autocast=True),
+    "bfloat16, residual float32": Mix(BF16, F32, residual=F32, autocast=True),
+    "float16": Mix(F16, F16),
+    "float32": Mix(F32, F32),
+    "float32 in TF32": Mix(F32, F32, tf32=True),
+}
+
+
+def eager(x, residual, down, down_bias, up, up_bias):
+    return (x if residual is None else residual) + F.linear(F.gelu(F.linear(x, down, down_bias)), up, up_bias)
+
+
+def ours(x, residual, down, down_bias, up, up_bias):
+    return adapter(x, down, up, down_bias=down_bias, up_bias=up_bias, residual=residual)
+
+
+class Problem:
+    """Inputs of one cell, all with gradients, and what is done with them."""
+
+    def __init__(self, mix: str, dim: int, rank: int, tokens: int):
+        self.mix, self.dim, self.rank, self.tokens = MIXES[mix], dim, rank, tokens
+        torch.manual_seed(0)
+        torch.backends.cuda.matmul.allow_tf32 = self.mix.tf32
+        torch._dynamo.reset()  # or the kernels of an earlier cell would serve this one with symbolic sizes
+
+        def tensor(*shape: int, spread: float, dtype: torch.dtype = self.mix.parameters) -> Tensor:
+            return (spread * torch.randn(*shape, device=DEVICE)).to(dtype).requires_grad_()
+
+        self.inputs = {
+            "x": tensor(tokens, dim, spread=1, dtype=self.mix.x),
+            "residual": None if self.mix.residual is None else tensor(tokens, dim, spread=1, dtype=self.mix.residual),
+            "down": tensor(rank, dim, spread=dim**-0.5),
+            "down_bias": tensor(rank, spread=0.1),
+            "up": tensor(dim, rank, spread=rank**-0.5),
+            "up_bias": tensor(dim, spread=0.1),
+        }
+        self.tensors = {name: tensor for name, tensor in self.inputs.items() if tensor is not None}
+        self.y_dtype = torch.promote_types(self.mix.x, self.mix.residual or self.mix.x)
+        self.grad = torch.randn(tokens, dim, device=DEVICE).to(self.y_dtype)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(DEVICE, BF16) if self.mix.autocast else contextlib.nullcontext()
+
+    def forward(self, function: Function) -> Tensor:
+        """As in training: with what the backward pass needs."""
+        with self.autocast():
+            return function(*self.inputs.values())
+
+    def backward(self, y: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, list(self.tensors.values()), self.grad, retain_graph=retain_graph)
+
+    def passes(self, function: Function) -> dict[str, Work]:
+        def forward() -> Tensor:
+            return self.forward(function)
+
+        return {
+            "forward": forward,
+            "backward": After(forward, self.backward),
+            "both": lambda: self.backward(forward()),
+        }
+
+    def copy(self) -> Work:
+        source, target = self.inputs["x"].detach(), torch.empty_like(self.inputs["x"])
+        return lambda: target.copy_(source)
+
+    def compulsory_bytes(self) -> dict[str, int]:
+        """Forward, x and a residual of its own read, y and the hidden layer (float32) written; backward, dy, x and the
+        hidden layer read, the gradient of x written."""
+        x, residual = self.mix.x.itemsize, self.mix.residual.itemsize if self.mix.residual else 0
+        streams = {"forward": x + residual + self.y_dtype.itemsize, "backward": 2 * x + self.y_dtype.itemsize}
+        return {part: self.tokens * (each * self.dim + 4 * self.rank) for part, each in streams.items()}
+
+    def results(self, function: Function) -> dict[str, Tensor]:
+        """y and every gradient."""
+        y = self.forward(function)
+        return {"y": y.detach(), **self.named(self.backward(y))}
+
+    def named(self, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return {f"gradient of {name}": t for name, t in zip(self.tensors, gradients, strict=True)}
+
+    def compare(self, found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+        """How far the results are from eager's at most, in parts of what the branch adds to each; raises where that is
+        more than rounding."""
+
+        def size(tensor: Tensor) -> float:
+            return tensor.square().mean().sqrt().item()
+
+        of_branch = 0.03 if self.mix.autocast or self.mix.x != F32 else 0.01
+        base = {"y": self.inputs["x" if self.mix.residual is None else "residual"].detach()}
+        if self.mix.residual is None:
+            base["gradient of x"] = self.grad
+        # One bias is a sum that may be near 0 by chance. Of the same terms, each times about 1, are its many weights.
+        like = {"gradient of down_bias": "gradient of down"}
+        parts = []
+        for name, value in found.items():
+            right = expected[name].float()
+            difference = size(value.float() - right)
+            added = expected[like.get(name, name)].float()
+            branch = size(added - base[name].float() if name in base else added)
+            # Written so that a NaN fails.
+            if not difference <= of_branch * branch + torch.finfo(value.dtype).eps * size(right):
+                raise ArithmeticError(f"{name} differs from eager's by {difference / branch:.2g} of the branch")
+            parts.append(difference / branch)
+        return max(parts)
+
+    def check(self) -> dict[str, float]:
+        return {"difference": float(f"{self.compare(self.results(ours), self.results(eager)):.2g}")}
+
+    def times(self, functions: dict[str, Function], parts: tuple[str, ...], **options: Any) -> dict[str, Any]:
+        passes = {name: self.passes(function) for name, function in functions.items()}
+        return gpu_times({f"{part} {name}": passes[name][part] for part in parts for name in functions}, **options)
