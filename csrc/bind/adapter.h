@@ -281,6 +281,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
       grad.numel() == x.numel() && hidden.numel() == a.rows() * a.rank() && hidden.scalar_type() == hidden_dtype(x),
       "adapter: grad has shape ", shape_text(grad), " and hidden ", text(hidden.scalar_type()), " ", shape_text(hidden),
       "; expected those of the forward pass");
+  const ScalarType wide = is_wide(x.scalar_type()) ? x.scalar_type() : ScalarType::Float;
+  VA_CHECK(grad.scalar_type() == x.scalar_type() || (grad.scalar_type() == wide && !residual_is_x), "adapter: grad is ",
+           text(grad.scalar_type()), " and x ", text(x.scalar_type()), "; expected that of the forward pass' output");
   a = packed(a);
   const Tensor g = packed(grad), saved = packed(hidden);
 

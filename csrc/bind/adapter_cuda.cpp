@@ -60,14 +60,14 @@ bool forward_fast(const Tensor& x, const AdapterForward& p) {
 }
 
 bool backward_fast(const Tensor& x, const AdapterBackward& p) {
-  // Without rows, ranks or wishes there is nothing to be fast at, whatever plan is asked for.
-  const bool wanted = p.needs_hidden_grad() || p.needs_up_product() || p.needs_grad_sum();
-  if (p.rows == 0 || p.rank == 0 || !wanted) return false;
+  // Without rows or ranks there is nothing to be fast at, whatever plan is asked for.
+  if (p.rows == 0 || p.rank == 0) return false;
   return run_fast([&](const cuda::AdapterRequest& asked) {
     const int64_t bytes = cuda::adapter_backward_workspace(p, asked);
     if (bytes < 0) return false;
     Tensor owner = x;
-    return cuda::adapter_backward_fast(p, workspace<char>(x, bytes, owner), current_stream(x), asked);
+    char* const memory = bytes ? workspace<char>(x, bytes, owner) : nullptr;
+    return cuda::adapter_backward_fast(p, memory, current_stream(x), asked);
   });
 }
 

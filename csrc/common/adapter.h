@@ -15,8 +15,9 @@
 //   g_scale = rowsum(up ∘ G) + up_bias ∘ Σ g'          so a learned scale costs no pass over the rows
 //
 // x, down, up and g are rounded to the compute dtype where they enter a product; all else is float32, or float64 when
-// the tensors are. Kernels whose products take bfloat16 alone also round z, gh, scale ∘ up and scale ∘ g' there, as
-// plain PyTorch does. Tensors are contiguous. Rows or rank may be 0.
+// the tensors are. Kernels whose products take 2 bytes alone also round z and gh there, and scale ∘ up or scale ∘ g',
+// as plain PyTorch does; the CUDA kernels' g_down_bias sums the rounded gh. Tensors are contiguous. Rows or rank may be
+// 0.
 #pragma once
 
 #include "activation.h"

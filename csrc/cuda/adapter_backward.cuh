@@ -17,10 +17,11 @@
 
 namespace vitadapter::cuda {
 
-// The first weight is up (dim, rank), times the scale of each row; the second down (rank, dim). g comes in quads, as
-// dropout_out is drawn for four columns at a time.
+// The first weight is up (dim, rank), the second down (rank, dim). A channel's scale is part of up; in float16, where
+// their product may be too small for any number, of g, which has the size that a loss scale gives it. A scale of all
+// channels waits for the middle. g comes in quads, as dropout_out is drawn for four columns at a time.
 template <typename Math, typename X, int kRanks>
-using AdapterBackwardForm = SandwichForm<Math, X, kRanks, true, false, true, true>;
+using AdapterBackwardForm = SandwichForm<Math, X, kRanks, true, false, true, !kSame<Math, Float16>, true>;
 
 // X: how g is stored.
 template <typename Math, typename X, int kRanks>
@@ -40,6 +41,12 @@ struct AdapterBackwardKernel {
 
   VA_DEVICE void operator()() const { Worker(*this).run(); }
 
+  VA_HOST_DEVICE static bool scales_grad(const AdapterBackward& p) {
+    return kSame<Math, Float16> && p.scale.data && p.scale_is_channel;
+  }
+  // Whether g is not multiplied as it is.
+  VA_HOST_DEVICE static bool changes_grad(const AdapterBackward& p) { return p.dropout_out.active() || scales_grad(p); }
+
   struct Worker : SandwichWorker<Form, Worker> {
     using Base = SandwichWorker<Form, Worker>;
     using Hidden = typename Base::Hidden;
@@ -48,11 +55,12 @@ struct AdapterBackwardKernel {
 
     const AdapterBackwardKernel& k;
     const AdapterBackward& p;
-    uint64_t seed = 0;  // of both kinds of dropout
+    uint64_t seed = 0;      // of both kinds of dropout
+    int factors_place = 0;  // of this tile's
 
     VA_DEVICE explicit Worker(const AdapterBackwardKernel& kernel) : Base(kernel.job), k(kernel), p(kernel.p) {
       if (p.dropout.active() || p.dropout_out.active()) seed = uint64_t(*p.dropout.seed);
-      this->stream.scale = {p.scale, p.scale_is_channel, k.scale_value};
+      if (p.scale_is_channel && !scales_grad(p)) this->stream.scale = p.scale;
     }
 
     // ---- the first product, g' · (scale ∘ up)
@@ -60,12 +68,14 @@ struct AdapterBackwardKernel {
     VA_DEVICE void begin_tile(int64_t tile) {
       const int64_t first_row = tile * this->plan.tile_rows;
       prefetch_hidden(first_row);
-      // drop_path alone is left to the middle. With dropout_out it is part of what g is multiplied by before it is
-      // rounded.
-      if (!p.dropout_out.active() || !p.drop_path.active()) return;
-      if (thread < this->plan.tile_rows) this->row_factors[thread] = p.sample_factor<float>(first_row + thread);
-      sync_threads();
+      factors_place ^= this->plan.tile_rows;
+      if (!p.drop_path.active()) return;
+      if (thread < this->plan.tile_rows) row_factors()[thread] = p.sample_factor<float>(first_row + thread);
+      if (this->job.changes_x) sync_threads();
     }
+
+    // The middle of one warp may still read a tile's factors when another warp begins the next tile.
+    VA_DEVICE float* row_factors() const { return this->row_factors_of_two_tiles + factors_place; }
 
     // The middle would wait for the tile's hidden layer: meanwhile it comes to the L2 cache.
     VA_DEVICE void prefetch_hidden(int64_t first_row) const {
@@ -74,38 +84,36 @@ struct AdapterBackwardKernel {
       for (int64_t i = 128 * thread; i < rows * p.rank * 4; i += 128 * thread_count()) prefetch(from + i);
     }
 
-    struct DroppedLeft : Base::Left {
-      static constexpr bool kRolled = true;
-      const Worker& worker;
-      int64_t first_row;
-      int first_column;
-
-      VA_DEVICE void load(float (&to)[4], int row, int column) const {
-        Base::Left::load(to, row, column);
-        const float sample = worker.p.drop_path.active() ? worker.row_factors[worker.warp_row + row] : 1.0f;
-        float factors[4] = {sample, sample, sample, sample};
-        drop_out(factors, worker.p.dropout_out, worker.seed, first_row + row, first_column + column);
+    // dropout_out is drawn once for all ranks. drop_path goes along: g is rounded after all of its factors, or none.
+    VA_DEVICE void begin_chunk(int chunk, int64_t warp_first_row) {
+      if (!this->job.changes_x) return;
+      constexpr int kQuads = S::kChunk / 4;
+      const int64_t first_row = warp_first_row - warp_row;
+      VA_ROLL
+      for (int i = thread; i < this->plan.tile_rows * kQuads; i += thread_count()) {
+        const int row = i / kQuads, column = i % kQuads * 4, whole_column = chunk * S::kChunk + column;
+        const float sample = p.drop_path.active() ? row_factors()[row] : 1.0f;
+        float quad[4], factors[4] = {sample, sample, sample, sample};
+        load_quad<X>(quad, element<X>(this->place(this->reading), row, column));
+        drop_out(factors, p.dropout_out, seed, first_row + row, whole_column);
         VA_UNROLL
-        for (int i = 0; i < 4; ++i) to[i] *= factors[i];
+        for (int e = 0; e < 4; ++e) {
+          if (scales_grad(p) && whole_column + e < p.dim) factors[e] *= load<float>(p.scale, whole_column + e);
+          quad[e] *= factors[e];
+        }
+        store_quad<Math>(element<Math>(this->changed_panel(), row, column), quad);
       }
-    };
-
-    template <typename Right>
-    VA_DEVICE void multiply_first(Hidden& hidden, const Right& right, int chunk, int64_t first_row) {
-      const typename Base::Left left{this->place(this->reading), warp_row};
-      if (p.dropout_out.active()) {
-        multiply<Math, S::kChunk>(hidden, DroppedLeft{left, *this, first_row, chunk * S::kChunk}, right);
-      } else {
-        multiply<Math, S::kChunk>(hidden, left, right);
-      }
+      sync_threads();
     }
 
     // ---- the middle
 
-    // gh = drop_path ∘ that ∘ dropout ∘ act'(hidden), into shared memory; gh and z to where they are asked for.
+    // gh = scale ∘ drop_path ∘ that ∘ dropout ∘ act'(hidden), into shared memory; gh and z to where they are asked for.
     VA_DEVICE void middle(Hidden& grads, int block, int64_t first_row) {
       float hidden[S::kRowTiles][S::kRankTiles][4];
       load_hidden(hidden, block, first_row);
+      const float scale = p.scale_is_channel ? 1.0f : p.scale.data ? load<float>(p.scale, 0) : k.scale_value;
+      const bool has_factors = p.drop_path.active() && this->job.x.data && !this->job.changes_x;
       const auto at = [](Hidden& values, int i) -> float& {
         return values[i / 4 / S::kRankTiles][i / 4 % S::kRankTiles][i % 4];
       };
@@ -119,7 +127,7 @@ struct AdapterBackwardKernel {
         take_quad(grad, grads[m], tile, half);
         take_quad(z, hidden[m], tile, half);
         drop_out(factors, p.dropout, seed, row, rank);
-        const float sample = p.dropout_out.active() ? 1.0f : p.sample_factor<float>(row);
+        const float sample = has_factors ? scale * row_factors()[warp_row + tile_row] : scale;
         // Ranks that are not there must be 0, whatever g holds.
         VA_UNROLL
         for (int i = 0; i < 4; ++i) {

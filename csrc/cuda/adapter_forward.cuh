@@ -18,7 +18,7 @@ namespace vitadapter::cuda {
 // The first weight is down (rank, dim), the second up (dim, rank). ldmatrix cannot bring float32: such an x comes in
 // quads.
 template <typename Math, typename X, int kRanks>
-using AdapterForwardForm = SandwichForm<Math, X, kRanks, false, true, !kSame<X, Math>, false>;
+using AdapterForwardForm = SandwichForm<Math, X, kRanks, false, true, !kSame<X, Math>, false, false>;
 
 template <typename Math, typename X, int kRanks>
 struct AdapterForwardKernel {
@@ -112,7 +112,7 @@ struct AdapterForwardKernel {
     // The rows' factors are read a whole pass later.
     VA_DEVICE void begin_tile(int64_t tile) {
       if (!p.drop_path.active() || thread >= this->plan.tile_rows) return;
-      this->row_factors[thread] = p.sample_factor<float>(tile * this->plan.tile_rows + thread);
+      this->row_factors_of_two_tiles[thread] = p.sample_factor<float>(tile * this->plan.tile_rows + thread);
     }
 
     VA_DEVICE void finish(Product& product, int chunk, unsigned char* chunk_weights, int64_t first_row) {
@@ -146,7 +146,7 @@ struct AdapterForwardKernel {
         VA_UNROLL
         for (int half = 0; half < 2; ++half) {
           const int tile_row = 16 * m + 8 * half + g;
-          const float sample = p.drop_path.active() ? this->row_factors[warp_row + tile_row] : 1.0f;
+          const float sample = p.drop_path.active() ? this->row_factors_of_two_tiles[warp_row + tile_row] : 1.0f;
           VA_UNROLL
           for (int tile = 0; tile < S::kColumnTiles; tile += 2) {
             float factors[4] = {sample, sample, sample, sample};

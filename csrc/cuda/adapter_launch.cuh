@@ -23,16 +23,19 @@ SandwichPlan make_plan(const Sandwich& job, const Device& device, int threads, b
   plan.chunks = int((job.dim + S::kChunk - 1) / S::kChunk);
   plan.tiles = (job.rows + plan.tile_rows - 1) / plan.tile_rows;
   plan.middle_bytes = plan.tile_rows * S::kRankBytes * int((job.rank + S::kBlock - 1) / S::kBlock);
+  if (job.changes_x) plan.changed_bytes = plan.tile_rows * 128;
   const int64_t bytes = std::max(element_size(job.x.dtype), job.base.data ? element_size(job.base.dtype) : 0);
   plan.place_bytes = int(plan.tile_rows * std::max<int64_t>(S::kChunk * bytes, 128));
-  const int64_t fixed = 2 * S::kWeightPlace + plan.middle_bytes + plan.tile_rows * int64_t(sizeof(float));
+  const int64_t fixed =
+      2 * S::kWeightPlace + plan.middle_bytes + plan.changed_bytes + plan.tile_rows * int64_t(2 * sizeof(float));
   const int64_t room = (device.shared_bytes - fixed) / plan.place_bytes;
   // A ring of 64 KB keeps enough reads under way.
   const int64_t ring = std::max<int64_t>(4, (64 << 10) / plan.place_bytes);
   plan.places = int(kept ? plan.chunks : std::min(room, std::min<int64_t>(ring, 2 * plan.chunks)));
+  if (!job.x.data) plan.places = 0;
   plan.shared_bytes = fixed + int64_t(plan.places) * plan.place_bytes;
   // With one place, nobody could wait for the next load before this one's last reader is done.
-  if (plan.places < 2 || plan.places > room) return {};
+  if (plan.places > room || (job.x.data && plan.places < 2)) return {};
   const int resident = resident_blocks<Kernel>(threads, plan.shared_bytes);
   plan.blocks = std::min<int64_t>(plan.tiles, int64_t(resident) * device.multiprocessors);
   return plan;
@@ -77,7 +80,7 @@ SandwichPlan choose_plan(const Sandwich& job, const Device& device, const Adapte
 // A training loop comes with the same few shapes again and again, and to ask the driver takes longer than to launch.
 template <typename Kernel>
 SandwichPlan remembered_plan(const Sandwich& job, const Device& device, const AdapterRequest& request) {
-  using Question = std::array<int64_t, 15>;
+  using Question = std::array<int64_t, 17>;
   thread_local std::map<Question, SandwichPlan> answers;
   const Question question{device.index,
                           device.multiprocessors,
@@ -90,6 +93,8 @@ SandwichPlan remembered_plan(const Sandwich& job, const Device& device, const Ad
                           int64_t(job.first.dtype),
                           int64_t(job.second.dtype),
                           int64_t(job.base.dtype),
+                          int64_t(job.y.dtype),
+                          job.changes_x,
                           job.base.data == job.x.data,
                           !job.base.data,
                           !job.x.data,
@@ -176,7 +181,10 @@ AdapterBackwardPlan plan_adapter_backward(const AdapterBackward& p, const Adapte
     if (p.residual_is_x) plan.job.base = p.grad;
   }
   plan.has_sandwich = p.needs_hidden_grad() || plan.z_bytes > 0;
-  plan.served = !plan.has_sandwich || prepare<AdapterBackwardKernel<Math, X, kRanks>>(plan.job, request);
+  plan.job.changes_x = AdapterBackwardKernel<Math, X, kRanks>::changes_grad(p);
+  plan.served = plan.reduction.served;
+  if (plan.served && plan.has_sandwich)
+    plan.served = prepare<AdapterBackwardKernel<Math, X, kRanks>>(plan.job, request);
   return plan;
 }
 

@@ -77,6 +77,7 @@ struct AdapterReductionOperands {
 // By the shape alone, the places also by what is asked for. The workspace holds of each slice what its rows add to G,
 // Σg', g_down and Σgh; then each block's part of a scalar scale's gradient; then the number of blocks that have ended.
 struct AdapterReductionPlan {
+  bool served = true;  // false: not in as many slices as are asked for, or not on this device
   int slices = 0;
   int64_t slice_rows = 0;
   int up_tiles = 0, down_tiles = 0;  // of columns, in a slice; 0: nothing is asked for
@@ -99,11 +100,12 @@ AdapterReductionPlan plan_adapter_reduction(const AdapterBackward& p, int asked_
   const int64_t slice_bytes = bytes_of(true, ReductionProduct::size<Math>(p.rank, p.dim, false) + p.dim +
                                                  ReductionProduct::size<Math>(p.rank, p.dim, true) + p.rank);
   // No more than one of each channel.
-  const int64_t scale_bytes = bytes_of(p.scale_grad.data && !p.scale_is_channel, p.dim);
+  const int64_t scale_bytes = bytes_of(true, p.dim);
   // 16 MB beside what the kernel before leaves behind, of which the padding is counted here; and a little for the
   // places between.
   const int64_t padding = p.rows * (padded_rank<Math>(p.rank) - p.rank) * int64_t(sizeof(float));
-  const int64_t most = (16 << 20) - 256 - padding - scale_bytes;
+  // Where there are so many rows that the padding alone is more, 4 MB on top of it.
+  const int64_t most = std::max<int64_t>((16 << 20) - padding, 4 << 20) - 256 - scale_bytes;
   for_rank(p.rank, [&](auto ranks) {
     constexpr int kColumns = ReductionShape<Math, ranks>::kColumns;
     const int tiles = int((p.dim + kColumns - 1) / kColumns);
@@ -112,6 +114,8 @@ AdapterReductionPlan plan_adapter_reduction(const AdapterBackward& p, int asked_
     const auto slices = cut_into_slices<Math, ranks>(p.rows, 2 * tiles, slice_bytes, most, asked_slices);
     plan.slices = slices.count;
     plan.slice_rows = slices.rows;
+    using Kernel = ReductionKernel<Math, false, ranks, AdapterReductionOperands<Math>>;
+    plan.served = plan.slices && resident_reduction_blocks<Kernel>();
   });
   const auto place = [&](int64_t bytes) {
     const int64_t begin = plan.bytes;
@@ -288,8 +292,9 @@ void launch_adapter_reduction(const AdapterBackward& p, const AdapterReductionPl
   const auto own = [](const Operand& of) { return !of.data || of.dtype == Math::kDType; };
   const auto start = [&](auto is_own) {
     for_rank(p.rank, [&](auto ranks) {
-      launch_reduction(stream, ReductionKernel<Math, is_own, ranks, AdapterReductionOperands<Math>>{
-                                   {products[0], products[1]}, operands, p.rows, plan.slice_rows, plan.slices, ended});
+      using Kernel = ReductionKernel<Math, is_own, ranks, AdapterReductionOperands<Math>>;
+      launch_reduction(stream,
+                       Kernel{{products[0], products[1]}, operands, p.rows, plan.slice_rows, plan.slices, ended});
     });
   };
   if (Math::kBytes == 2 && own(products[0].right.data) && own(products[1].right.data)) {

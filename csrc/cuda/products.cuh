@@ -74,7 +74,7 @@ VA_DEVICE unsigned char* element(const Panel<kRowBytes>& panel, int row, int col
 template <typename Stored, bool kInQuads, int kRowBytes>
 struct LeftPanel {
   using Element = Stored;
-  static constexpr bool kQuads = kInQuads, kRolled = false;
+  static constexpr bool kQuads = kInQuads;
   Panel<kRowBytes> panel;
   int row;
 
@@ -119,7 +119,7 @@ VA_DEVICE void left_fragment(uint32_t (&a)[4], const Left& left, int m_row, int 
     VA_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = m_row + g + 8 * half, column = depth + 4 * t;
-      if constexpr (kSame<typename Left::Element, Math> && !Left::kRolled) {
+      if constexpr (kSame<typename Left::Element, Math>) {
         const Words2 words = load8(element<Math>(left.panel, left.row + row, column));
         a[half] = words.word[0];
         a[half + 2] = words.word[1];
@@ -149,11 +149,11 @@ VA_DEVICE void right_fragments(uint32_t (&b)[4], const Right& right, int n, int 
 template <typename Math, int kDepth, int kM, int kN, typename Left, typename Right>
 VA_DEVICE void multiply(float (&c)[kM][kN][4], const Left& left, const Right& right) {
   const int lane = lane_index(), g = lane >> 2, t = lane & 3;
-  constexpr bool kIsOperand = kSame<typename Left::Element, Math> && !Left::kRolled;
+  constexpr bool kIsOperand = kSame<typename Left::Element, Math>;
   static_assert(kN % 2 == 0);
   if constexpr (Math::kBytes == 2) {
     // Operands in float32 take so many registers that those of all steps at once would spill.
-    constexpr int kUnrolled = Left::kRolled ? 1 : kIsOperand ? kDepth / 16 : 2;
+    constexpr int kUnrolled = kIsOperand ? kDepth / 16 : 2;
     VA_UNROLL_BY(kUnrolled)
     for (int depth = 0; depth < kDepth; depth += 16) {
       uint32_t a[kM][4];
@@ -171,8 +171,7 @@ VA_DEVICE void multiply(float (&c)[kM][kN][4], const Left& left, const Right& ri
       }
     }
   } else if constexpr (kSame<Math, Tf32>) {
-    constexpr int kUnrolled = Left::kRolled ? 1 : kDepth / 16;
-    VA_UNROLL_BY(kUnrolled)
+    VA_UNROLL
     for (int depth = 0; depth < kDepth; depth += 16) {
       // Of 16 columns, an mma takes 4t and 4t + 1 of each lane and the next one 4t + 2 and 4t + 3.
       uint32_t a[kM][2][4];

@@ -5,7 +5,7 @@
 // all ranks, so that `right`, which is nearly all of the traffic, is read once, and `left`, which every tile reads, is
 // found in the L2 cache: the tiles of a slice stand side by side in the order of work. The sums of each slice go to
 // memory, and who needs the product adds the slices in their order. What is a slice, and in which order its rows are
-// added, hangs on the shape alone: the same bits on every run, with any number of blocks, on any GPU.
+// added, hangs on the shape alone: the same bits on every run and with any number of blocks.
 //
 // A slice is worked through in steps of kStepRows rows. While one step is multiplied out of shared memory the next is
 // on its way from memory into registers; there it may be changed (masks, an activation: the Operands' part), summed by
@@ -44,9 +44,9 @@ struct ReductionShape {
 
 // One side of a product.
 struct ReductionSide {
-  Operand data;           // (rows, columns)
-  int stride = 0;         // elements from one row to the next
-  int columns = 0;        //
+  Operand data;    // (rows, columns)
+  int stride = 0;  // elements from one row to the next
+  int columns = 0;
   bool aligned = false;   // whether rows begin at multiples of 16 bytes, or of 8 where 2 bytes become 4
   float* sums = nullptr;  // (slices, columns), the columns' sums; null where nobody asks
 };
@@ -505,39 +505,46 @@ auto for_rank(int64_t rank, const Body& body) {
   return body(std::integral_constant<int, 256>());
 }
 
-// By the shape alone.
 struct ReductionSlices {
   int count = 0;
   int64_t rows = 0;  // of each but the last
 };
 
-// So many that all multiprocessors of a large GPU are busy (two blocks on each of 132, where two fit), of 128 rows or
-// more, and in `most_bytes` altogether if that holds one. tiles, bytes: of a slice. asked: a number to take instead of
-// the first two; 0: open.
+// How are the rows cut into slices, by the shape alone? Into so many that all multiprocessors of a large GPU are busy
+// (two blocks on each of 132, where two fit), of 128 rows or more, and in `most_bytes` altogether if that holds one.
+// tiles, bytes: of a slice. asked: a number to take instead, as near as whole steps come to it; 0: open. No slices
+// where those have no room.
 template <typename Math, int kRanks>
 ReductionSlices cut_into_slices(int64_t rows, int64_t tiles, int64_t bytes, int64_t most_bytes, int64_t asked) {
   using S = ReductionShape<Math, kRanks>;
-  const int64_t steps = (rows + S::kStepRows - 1) / S::kStepRows;
-  const int64_t open = std::min<int64_t>(132 * S::kMinBlocks / tiles, rows / 128);
-  const int64_t count = std::max<int64_t>(1, std::min({asked ? asked : open, steps, most_bytes / bytes}));
+  const int64_t steps = (rows + S::kStepRows - 1) / S::kStepRows, most = std::max<int64_t>(1, most_bytes / bytes);
+  const int64_t open = std::max<int64_t>(1, std::min({132 * S::kMinBlocks / tiles, rows / 128, most}));
+  const int64_t count = std::min(asked ? asked : open, steps);
+  if (count > most) return {};
   const int64_t slice_rows = (steps + count - 1) / count * S::kStepRows;
   return {int((rows + slice_rows - 1) / slice_rows), slice_rows};
 }
 
+// Blocks that a multiprocessor runs at a time, 0 if it cannot; the driver is asked once, as that takes longer than to
+// launch.
 template <typename Kernel>
-void launch_reduction(Stream stream, const Kernel& kernel) {
-  const Device on = device();
-  // To ask the driver takes longer than to launch.
+int resident_reduction_blocks() {
   struct Answer {
     int device = -1, blocks = 0;
   };
   thread_local Answer answer;
-  if (answer.device != on.index) {
-    answer = {on.index, resident_blocks<Kernel>(Kernel::kMaxThreads, Kernel::kSharedBytes)};
+  const int index = device().index;
+  if (answer.device != index) {
+    answer = {index, resident_blocks<Kernel>(Kernel::kMaxThreads, Kernel::kSharedBytes)};
   }
+  return answer.blocks;
+}
+
+template <typename Kernel>
+void launch_reduction(Stream stream, const Kernel& kernel) {
   const int64_t items = int64_t(kernel.products[0].tiles + kernel.products[1].tiles) * kernel.slices;
-  const int64_t blocks = std::min<int64_t>(items, std::max<int64_t>(1, int64_t(answer.blocks) * on.multiprocessors));
-  launch(stream, blocks, Kernel::kMaxThreads, Kernel::kSharedBytes, kernel);
+  const int64_t resident = int64_t(resident_reduction_blocks<Kernel>()) * device().multiprocessors;
+  launch(stream, std::min(items, resident), Kernel::kMaxThreads, Kernel::kSharedBytes, kernel);
 }
 
 }  // namespace vitadapter::cuda

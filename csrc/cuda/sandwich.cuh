@@ -58,16 +58,18 @@ struct SandwichPlan {
   int place_bytes = 0;  // of one
   int chunks = 0;       // of a row
   int middle_bytes = 0;
+  int changed_bytes = 0;  // of a chunk of x that is changed before it is multiplied
   int64_t tiles = 0, blocks = 0, shared_bytes = 0;
 };
 
 // The tensors and the plan of one launch.
 struct Sandwich {
   int64_t rows = 0, dim = 0, rank = 0;
-  Operand x;              // (rows, dim); null: there is no first product, and nothing of y either
-  Operand first, second;  // (dim, rank) or (rank, dim), as a Form says
-  Operand base;           // (rows, dim), may be x; null: 0
-  Result y;               // (rows, dim); null: not asked for
+  Operand x;               // (rows, dim); null: there is no first product, and nothing of y either
+  Operand first, second;   // (dim, rank) or (rank, dim), as a Form says
+  Operand base;            // (rows, dim), may be x; null: 0
+  Result y;                // (rows, dim); null: not asked for
+  bool changes_x = false;  // whether begin_chunk() leaves x as it is multiplied in `changed`
   SandwichPlan plan;
   bool x_aligned = false, base_aligned = false;  // rows begin at multiples of 16 bytes
   bool y_aligned = false;                        // and of four elements
@@ -75,15 +77,17 @@ struct Sandwich {
 };
 
 // What every kernel of a kind has in common at compile time. X: how x is stored: Math, or Float32, or, where Math is
-// Float32, anything. By dim: a weight is (dim, rank) in memory, else (rank, dim). First in quads: see LeftPanel.
+// Float32, anything. By dim: a weight is (dim, rank) in memory, else (rank, dim). In quads: see LeftPanel. Scales: the
+// first weight's rows may have a scale. Changes: x may be changed before it is multiplied.
 template <typename TheMath, typename TheX, int kTheRanks, bool kTheFirstByDim, bool kTheSecondByDim, bool kInQuads,
-          bool kScales>
+          bool kScales, bool kChanges>
 struct SandwichForm {
   using Math = TheMath;
   using X = TheX;
   static constexpr int kRanks = kTheRanks;
   static constexpr bool kFirstByDim = kTheFirstByDim, kSecondByDim = kTheSecondByDim;
-  static constexpr bool kFirstInQuads = Math::kBytes == 2 && kInQuads, kScalesFirst = kScales;
+  static constexpr bool kFirstInQuads = Math::kBytes == 2 && kInQuads;
+  static constexpr bool kScalesFirst = kScales, kChangesFirst = kChanges;
 };
 
 // One thread at work. Each kernel derives its own from this, with
@@ -91,7 +95,7 @@ struct SandwichForm {
 //     which finds x · first of a block of ranks in `hidden` and puts the middle into middle_panel(block);
 //   void finish(Product& product, int chunk, unsigned char* chunk_weights, int64_t first_row)
 //     which finds middle · second of a chunk of columns in `product` and ends with write();
-// `first_row` is this warp's. It may replace begin_tile(), multiply_first(), fetch_columns() and store_columns().
+// `first_row` is this warp's. It may replace begin_tile(), begin_chunk(), fetch_columns() and store_columns().
 template <typename Form, typename Derived>
 struct SandwichWorker {
   using Math = typename Form::Math;
@@ -106,9 +110,10 @@ struct SandwichWorker {
   const int row_warp = warp_index() / S::kColumnWarps, column_warp = warp_index() % S::kColumnWarps;
   const int warp_row = row_warp * 16 * S::kRowTiles;  // in the tile
 
-  // Shared memory: two chunks of weights, the middle, the places for x and the base, a float for each row.
-  unsigned char *const weights, *const middles, *const places;
-  float* const row_factors;
+  // Shared memory: two chunks of weights, the middle, a changed chunk of x, the places for x and the base, and for each
+  // row of two tiles a float.
+  unsigned char *const weights, *const middles, *const changed, *const places;
+  float* const row_factors_of_two_tiles;
   int weight_place = 0;
   // Loads of x and the base go through the places in turn, tile after tile.
   int64_t load_tile = block_index();
@@ -126,8 +131,9 @@ struct SandwichWorker {
         plan(sandwich.plan),
         weights(dynamic_shared()),
         middles(weights + 2 * S::kWeightPlace),
-        places(middles + plan.middle_bytes),
-        row_factors(reinterpret_cast<float*>(places + plan.places * plan.place_bytes)) {}
+        changed(middles + plan.middle_bytes),
+        places(changed + plan.changed_bytes),
+        row_factors_of_two_tiles(reinterpret_cast<float*>(places + plan.places * plan.place_bytes)) {}
 
   VA_DEVICE Derived& self() { return static_cast<Derived&>(*this); }
 
@@ -222,8 +228,9 @@ struct SandwichWorker {
                  int(job.dim), int(job.rank));
   }
 
-  // Before the first pass of a tile.
+  // Before the first pass of a tile, and before the first product with each of its chunks.
   VA_DEVICE void begin_tile(int64_t) {}
+  VA_DEVICE void begin_chunk(int, int64_t) {}
   // What a kernel keeps of each column of y beside the weights of its chunk, fetched and stored as those are.
   VA_DEVICE void fetch_columns(int) {}
   VA_DEVICE void store_columns(unsigned char*) const {}
@@ -305,22 +312,22 @@ struct SandwichWorker {
         step(next_chunk, next_block, needs ? load + chunk + 1 : -1, last, [&](unsigned char* chunk_weights) {
           const RightPanel<Form::kFirstByDim, Form::kFirstByDim ? S::kRankBytes : 128> right{
               {chunk_weights, Form::kFirstByDim ? S::kChunk : S::kBlock}, column_warp * S::kRankTiles * 8};
+          if (block == 0) self().begin_chunk(chunk, first_row);
           // Registers have no addresses: the block's number must be a constant.
           VA_UNROLL
           for (int each = 0; each < S::kBlocks; ++each) {
             if (S::kBlocks > 1 && each != block) continue;
-            self().multiply_first(hidden[each], right, chunk, first_row);
+            if (Form::kChangesFirst && job.changes_x) {
+              const LeftPanel<Math, Form::kFirstInQuads, 128> left{changed_panel(), warp_row};
+              multiply<Math, S::kChunk>(hidden[each], left, right);
+            } else {
+              const LeftPanel<X, Form::kFirstInQuads, 128> left{place(reading), warp_row};
+              multiply<Math, S::kChunk>(hidden[each], left, right);
+            }
           }
         });
       }
     }
-  }
-
-  using Left = LeftPanel<X, Form::kFirstInQuads, 128>;
-
-  template <typename Right>
-  VA_DEVICE void multiply_first(Hidden& hidden, const Right& right, int, int64_t) {
-    multiply<Math, S::kChunk>(hidden, Left{place(reading), warp_row}, right);
   }
 
   // y = base + mid · second.
@@ -350,6 +357,8 @@ struct SandwichWorker {
   VA_DEVICE Panel<S::kRankBytes> middle_panel(int block) const {
     return {middles + block * plan.tile_rows * S::kRankBytes, plan.tile_rows};
   }
+
+  VA_DEVICE Panel<128> changed_panel() const { return {changed, plan.tile_rows}; }
 
   // Calls body(m, tile, half, column, rank) for the quads of a block of ranks that a lane has: `tile` is the first of
   // two that make a quad; row 16 · m + 8 · half + g of the warp; `column` in the block.

@@ -20,13 +20,6 @@ VA_DEVICE float value_of(uint32_t bits, DType dtype) {
   return dtype == DType::kBFloat16 ? BFloat16::unpack(uint16_t(bits)) : Float16::unpack(uint16_t(bits));
 }
 
-// What the rows of a weight are multiplied by.
-struct RowScale {
-  Operand each;  // (rows), or one for all; null: value
-  bool is_channel = false;
-  float value = 1;
-};
-
 // One thread's part in the two passes of a kernel of Shape S. In memory a weight is (dim, rank) or (rank, dim), as Form
 // says for either pass, so that it comes in chunks of (columns, ranks) or of (ranks, columns); their panels have them
 // in WeightOrder. Where Form says so, the first weight is multiplied by a scale of its rows.
@@ -41,8 +34,8 @@ struct WeightStream {
   int row, unit, index;
   int unit_bits;                                    // units in a row of a chunk, as a power of 2
   uint32_t pieces[S::kPiecesPerThread][S::kPiece];  // elements as they are stored
-  RowScale scale;
-  uint32_t scale_bits[S::kPiecesPerThread];  // of each piece's row
+  Operand scale;                                    // (rows) of the first weight; null: none
+  uint32_t scale_bits[S::kPiecesPerThread];         // of each piece's row
 
   // Turns to the weight of a pass, row-major in memory.
   VA_DEVICE void begin(bool is_second, const Operand& weight, Alignment its_alignment, int dim, int rank) {
@@ -118,7 +111,7 @@ struct WeightStream {
       VA_UNROLL
       for (int i = 0; i < S::kPiecesPerThread; ++i) {
         if (thread_index() + i * thread_count() >= S::kPieces) break;
-        store_at(i * thread_count(), pieces[i], scale_bits[i]);
+        store_at(i * thread_count(), pieces[i], has_scales() ? scale_bits[i] : 0);
       }
       return;
     }
@@ -153,11 +146,8 @@ struct WeightStream {
   // From a thread's first piece to the one with number i: the same in any order, as they are multiples of 16.
   VA_DEVICE int skipped_rows(int i) const { return i * (thread_count() >> unit_bits); }
 
-  VA_DEVICE bool has_scales() const { return Form::kScalesFirst && !second && (scale.each.data || scale.value != 1); }
-  VA_DEVICE uint32_t load_scale(int scaled_row) const {
-    if (!scale.each.data || scaled_row >= rows) return 0;
-    return load_bits(scale.each, scale.is_channel ? scaled_row : 0);
-  }
+  VA_DEVICE bool has_scales() const { return Form::kScalesFirst && !second && scale.data; }
+  VA_DEVICE uint32_t load_scale(int scaled_row) const { return scaled_row < rows ? load_bits(scale, scaled_row) : 0; }
 
   VA_DEVICE bool wide() const { return dtype == DType::kFloat32; }
   VA_DEVICE const char* at(int element) const { return data + int64_t(element) * (wide() ? 4 : 2); }
@@ -174,7 +164,7 @@ struct WeightStream {
   template <bool kPieceInQuads>
   VA_DEVICE void store_piece(unsigned char* low, unsigned char* high, const uint32_t (&from)[S::kPiece],
                              uint32_t bits) const {
-    const float factor = scale.each.data ? value_of(bits, scale.each.dtype) : scale.value;
+    const float factor = has_scales() ? value_of(bits, scale.dtype) : 1.0f;
     uint32_t words[4];
     if constexpr (Math::kBytes == 4) {
       VA_UNROLL

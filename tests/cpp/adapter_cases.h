@@ -397,7 +397,9 @@ VA_UNSANITIZED inline Exact exact(const Case& c, Precision precision, Rounds rou
   Doubles scaled_up_doubt(dim * rank);
   for (int64_t i = 0; i < dim * rank; ++i) {
     const double scale = p.scale_at<double>(i / rank);
-    scaled_up_doubt[i] = doubt(Rounds::kMiddle, scale * up[i], scale * c.up.at(i), precision);
+    // Not in float16, where it may be too small for any number.
+    if (precision != Precision::kFloat16)
+      scaled_up_doubt[i] = doubt(Rounds::kMiddle, scale * up[i], scale * c.up.at(i), precision);
   }
   std::vector<Sum> z_row(rank), gh_row(rank);
   Sum *const z = z_row.data(), *const gh = gh_row.data();

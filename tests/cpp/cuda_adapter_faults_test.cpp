@@ -26,11 +26,12 @@ std::vector<Prepared> prepared_trials() {
   std::vector<Prepared> all;
   for (int keep : {0, 1}) {
     for (int64_t rank : {8, 40, 150}) {
-      for (const Numbers& numbers : {kNumbers[0], kNumbers[4], kNumbers[5]}) {
+      for (const Numbers& numbers : {kNumbers[0], kNumbers[2], kNumbers[4], kNumbers[5]}) {
         Trial trial;
         trial.options = full_options(200, 200, rank, numbers);
         trial.options.scale_is_channel = keep;
         trial.options.drop_path = 0.5;
+        if (keep) trial.options.dropout_out = 0.3;
         trial.settings.multiprocessors = 1;
         trial.request.keep = keep;
         begin_case(1, int(all.size()));
@@ -77,6 +78,7 @@ int check_adapter_faults() {
   statistics = {};
   run_all({});
   const auto sites = statistics.sites;
+  expect(ends_well([&] { run_all({}); }), "without a fault, a child does not end well");
   int unnoticed = 0;
   for (const auto& [site, count] : sites) {
     if (!ends_well([&, site = site] { run_all(site); })) continue;

@@ -139,7 +139,7 @@ struct Zeros {
 // so that it does not matter which slice of the rows sums them.
 void check_large_indices() {
   constexpr int64_t kDim = 64, kRank = 8, kTile = 64, kRows = (int64_t(1) << 31) / kDim + 3 * kTile + 17;
-  const AdapterRequest request{int(kTile), -1, 1 << 14};
+  const AdapterRequest request{int(kTile), -1, 3000};  // 16 MB hold so many
   CaseOptions o = full_options(17, kDim, kRank, kNumbers[0]);
   o.whole_numbers = true;
   const auto c = make_case(o);
@@ -149,7 +149,7 @@ void check_large_indices() {
   run_backward(small.backward(*c), request);
 
   settings.multiprocessors = 1 << 30;
-  settings.last_blocks = 16;
+  settings.last_blocks = 4;
   const Zeros x(kRows * kDim * 2), grad(kRows * kDim * 2), y(kRows * kDim * 2), x_grad(kRows * kDim * 2),
       hidden(kRows * kRank * 4);
   x.put(c->x);
@@ -186,6 +186,26 @@ void check_large_indices() {
   }
 }
 
+// scale ∘ up may be too small for float16 where g, which a loss scale makes large, is not.
+void check_small_scales() {
+  settings = Settings{};
+  for (bool is_channel : {false, true}) {
+    CaseOptions o = full_options(40, 100, 8, kNumbers[2]);
+    o.scale_is_channel = is_channel;
+    const auto c = make_case(o);
+    const auto multiply = [](Buffer& buffer, double factor) {
+      for (int64_t i = 0; i < buffer.count; ++i) store(buffer.result(), i, factor * buffer.at(i));
+    };
+    multiply(c->up, 1e-4);
+    multiply(c->scale, 1e-4);
+    multiply(c->grad, 1000);
+    Outputs outputs(*c, kAllGrads);
+    run_forward(outputs.forward(*c), {});
+    run_backward(outputs.backward(*c), {});
+    compare("fast adapter kernels, small scales", is_channel, *c, outputs, exact_of(*c));
+  }
+}
+
 // Many orders of one problem, on several devices and by several plans.
 void check_repeated_runs() {
   for (const Numbers& numbers : kArithmetics) {
@@ -209,6 +229,7 @@ int check_adapter_limits() {
     }
   }
   check_large_indices();
+  check_small_scales();
   check_repeated_runs();
   std::printf("fast adapter kernels: limits, %d failures\n", failures - before);
   return failures - before;
