@@ -10,7 +10,8 @@ import torch
 class Plan(NamedTuple):
     """tile_rows: 0 automatic, -1 the simple kernels, else rows of a tile; keep: -1 automatic, 0 x, in the
     backward pass dy, is read twice (it is streamed), 1 it stays in shared memory for the residual; slices: 0 automatic,
-    else in how many parts the backward pass sums the rows for the weights' gradients."""
+    else in how many parts the backward pass sums the rows for the weights' gradients, as far as there are rows for
+    them; parts whose sums take more than 16 MB do not fit."""
 
     tile_rows: int
     keep: int = -1

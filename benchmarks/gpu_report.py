@@ -8,7 +8,8 @@ Record = dict[str, Any]
 Row = dict[str, Any]
 
 WORDS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
-# Of the same run's copy rate, by rank; compulsory bytes alone are counted.
+# Of the same run's copy rate, by rank. Counted is what must move: forward, x, a residual of its own, y and the hidden
+# layer; backward, the three streams dy, x and the gradient of x, for a hidden layer could be computed again from x.
 SHARE = {"forward": {8: 0.85, 64: 0.85, 128: 0.65, 256: 0.35}, "backward": {8: 0.55, 64: 0.55}}
 # What a kernel that kept its partial sums on the chip would be asked for.
 STRETCH = 0.7
@@ -99,7 +100,8 @@ def _grid(rows: list[Row]) -> list[Row]:
         worst = min(rows, key=lambda row: ratio(row, part, "eager"))
         slower = sum(ratio(row, part, "eager") < 1 for row in rows)
         of = f"{size(worst)}, the worst of {len(rows)}; {slower} below 1"
-        found.append(_judged(f"{part} over eager, any size", of, ratio(worst, part, "eager"), 1.0))
+        what = f"{part} over eager, any size of the grid (ranks to 256)"
+        found.append(_judged(what, of, ratio(worst, part, "eager"), 1.0))
     return found
 
 

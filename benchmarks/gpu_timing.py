@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.interleaved import spread
+from benchmarks.report import spread
 
 Work = Callable[[], object]
 
@@ -109,7 +109,8 @@ def host_times(works: dict[str, Work], calls: int = 30, rounds: int = 25) -> dic
 
 
 def kernels(work: Work) -> list[str]:
-    """The names of what a call launches on the GPU: kernels, copies and memsets."""
+    """The names of what a call launches on the GPU: kernels, copies and memsets. Raises where the profiler saw none:
+    it may not be allowed to look, and no kernel at all would be within every limit."""
     for _ in range(2):  # the first profile starts the profiler up, and may miss something
         work()
         torch.cuda.synchronize()
@@ -117,7 +118,10 @@ def kernels(work: Work) -> list[str]:
             work()
             torch.cuda.synchronize()
     on_gpu = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return [name for name in on_gpu if not name.startswith("Activity Buffer")]  # the profiler's own
+    names = [name for name in on_gpu if not name.startswith("Activity Buffer")]  # the profiler's own
+    if not names:
+        raise RuntimeError("the profiler saw no kernel")
+    return names
 
 
 def waits_for_gpu(work: Work) -> bool:

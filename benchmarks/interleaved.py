@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.report import spread
+
 Works = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]
 
@@ -94,12 +96,6 @@ def _wait_until_quiet(timeout: float) -> None:
         time.sleep(min(0.5, timeout))
         if (others.cores() or 0.0) <= QUIET:
             return
-
-
-def spread(seconds: list[float]) -> dict[str, float]:
-    """Median, p20 and p80, in ms."""
-    p20, median, p80 = (float(f"{1000 * value:.4g}") for value in np.percentile(seconds, (20, 50, 80)))
-    return {"median": median, "p20": p20, "p80": p80}
 
 
 def summarised(times: Times, others_cores: float | None = None) -> dict[str, Any]:

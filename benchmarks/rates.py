@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 import vitadapter_ext
-from benchmarks.interleaved import spread, take_quiet_turns, warm_up
+from benchmarks.interleaved import take_quiet_turns, warm_up
+from benchmarks.report import spread
 
 LARGE, SMALL = 12_608 * 768, 1_576 * 768  # elements of the copied float32 tensors: 39 MB and 5 MB
 FRESH = 64 << 20  # bytes

@@ -5,8 +5,16 @@ import json
 import statistics
 from typing import Any
 
+import numpy as np
+
 # The two passes that everything is timed for, by their names in a record and in words.
 PASSES = {"forward": "forward", "both": "forward + backward"}
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median, p20 and p80, in ms."""
+    p20, median, p80 = (float(f"{1000 * value:.4g}") for value in np.percentile(seconds, (20, 50, 80)))
+    return {"median": median, "p20": p20, "p80": p80}
 
 
 def judged(measured: float, target: float, at_most: bool = False) -> dict[str, Any]:

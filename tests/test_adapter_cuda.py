@@ -166,14 +166,21 @@ def exact(arguments: dict, grad: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def check_accuracy(kind: str, shape, rank: int, plans: list[Plan]) -> dict[Plan, set[str]]:
     """Under each plan that fits as accurate as eager, or for TF32 as plain PyTorch on operands rounded to it; returns
-    the directions in which they fit. Few numbers take several draws: their error is mostly luck."""
+    the directions in which they fit. Few numbers take several draws: their error is mostly luck.
+
+    Of many rows a few wrong ones hardly change an RMS: there, every number is also held against the simple kernels'.
+    And a few that are lost hardly change a sum: every other dy is 0 but for the first and the last rows."""
     *_, compute, allowed = KINDS[kind]
     draws = min(20, max(2, 4096 // torch.Size(shape).numel(), 64 // rank))
+    many = torch.Size(shape[:-1]).numel() > 1000
     ours, eager, rounded, right = {plan: [] for plan in plans}, [], [], []
     with tf32(allowed):
-        for _ in range(draws):
+        for draw in range(draws):
             arguments = problem(kind, shape, rank)
             grad = grad_for(arguments)
+            at_edges = many and draw % 2 == 1
+            if at_edges:
+                grad.view(-1, shape[-1])[300:-300] = 0
             eager.append(plain(arguments, grad, compute))
             right.append(exact(arguments, grad))
             if allowed:
@@ -181,6 +188,11 @@ def check_accuracy(kind: str, shape, rank: int, plans: list[Plan]) -> dict[Plan,
                     rounded.append(plain(arguments, grad, compute, linear=LinearInTf32.apply))
             for plan in plans:
                 ours[plan].append(under(plan, arguments, grad, compute_dtype=compute))
+            if many and SIMPLE in ours:
+                # Of gradients that are mostly 0, like dy, the RMS is no measure of those that are not.
+                skipped = ("gradient of x", "gradient of residual") if at_edges else ()
+                expected = {name: value for name, value in ours[SIMPLE][-1].items() if name not in skipped}
+                assert_near(ours[AUTOMATIC][-1], expected, kind, f"draw {draw},")
     for plan, found in ours.items():
         expected = [{name: draw[name] for name in found[0]} for draw in right]
         try:
@@ -217,8 +229,11 @@ def tolerance(kind: str) -> float:
 
 def assert_near(found: dict, expected: dict, kind: str, what: object = "") -> None:
     """Nowhere further apart than a few roundings of a typical element: a mask, a bias or a row that differs is."""
+    *_, compute, allowed = KINDS[kind]
+    # Where what it is compared with does not round x and the weights themselves, as the simple kernels do not to TF32,
+    # nor float64 to float16, two errors more come in: with 4, by emulation, 2 % of the runs would be false alarms.
+    limit = (6 if allowed or compute == F16 else 4) * tolerance(kind)
     for name, value in expected.items():
-        limit = 4 * tolerance(kind)
         torch.testing.assert_close(
             found[name].double(),
             value.double(),
@@ -273,7 +288,7 @@ def test_every_option_is_that_of_the_simple_kernels(kind, options):
             assert fit[0] == fit[-1] == BOTH == set.union(*fit[1:-1]), "no plan fits"
 
 
-# Otherwise what is asked for decides, too, how the sums over the rows are cut.
+# Several slices, of few rows too.
 CUT = Plan(0, slices=3)
 SUBSETS = [
     ("x",), ("residual",), ("down",), ("down_bias",), ("up",), ("up_bias",), ("scale",), ("x", "down_bias"),
@@ -290,8 +305,10 @@ def test_only_the_gradients_that_are_asked_for(kind, scale):
         with tf32(KINDS[kind][4]):
             options = {"compute_dtype": KINDS[kind][3]}
             grad = grad_for(arguments) + adapter(**arguments, **options).detach()
-            with using(CUT):
-                expected = results(arguments, grad, **options)
+            everything = {}
+            for plan in (AUTOMATIC, CUT):
+                with using(plan):
+                    everything[plan] = results(arguments, grad, **options)
             for wanted in SUBSETS:
                 some = {
                     name: value.detach() if isinstance(value, torch.Tensor) and name not in wanted else value
@@ -299,12 +316,11 @@ def test_only_the_gradients_that_are_asked_for(kind, scale):
                 }
                 if not any(value.requires_grad for value in tensors_of(some).values()):
                     continue  # this kind has no residual of its own
-                with using(CUT):
-                    found = results(some, grad, **options)
-                assert found.keys() == {"y", *(f"gradient of {name}" for name in wanted if some[name] is not None)}
-                assert all(torch.equal(value, expected[name]) for name, value in found.items()), wanted
-                automatic = results(some, grad, **options)
-                assert_near(automatic, {name: expected[name] for name in automatic}, kind, f"{wanted},")
+                for plan, expected in everything.items():
+                    with using(plan):
+                        found = results(some, grad, **options)
+                    assert found.keys() == {"y", *(f"gradient of {name}" for name in wanted if some[name] is not None)}
+                    assert all(torch.equal(value, expected[name]) for name, value in found.items()), (plan, wanted)
 
 
 def test_a_plan_that_does_not_fit_is_refused_and_the_automatic_one_comes_back():
@@ -322,6 +338,11 @@ def test_a_plan_that_does_not_fit_is_refused_and_the_automatic_one_comes_back():
     y = adapter(**apart)
     with pytest.raises(RuntimeError, match="keep 1"), using(Plan(0, 1)):
         gradients(y, apart, grad_for(apart))
+    # The sums of 1.6 MB each that the slices leave behind are more than 16 MB.
+    large = problem("bfloat16", (3000, 768), 256)
+    y = adapter(**large)
+    with pytest.raises(RuntimeError, match="keep -1 and slices 40"), using(Plan(0, slices=40)):
+        gradients(y, large, grad_for(large))
     for wrong in (Plan(-2), Plan(0, 2), Plan(0, -1, -1), Plan(0, -1, 10_001)):
         with pytest.raises(RuntimeError, match="use_cuda_plan: tile_rows is"), using(wrong):
             pass
@@ -391,10 +412,13 @@ def test_a_captured_graph_follows_its_inputs(kind):
             assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_a_capture_may_hold_the_first_call_of_a_process():
+def test_a_capture_may_hold_the_first_call_of_a_shape():
+    # Not of the library: CUDA may refuse to load its kernels during a capture. A call on another shape loads them.
     code = """
 import torch
 from tests.test_adapter_cuda import grad_for, problem, results
+other = problem("bfloat16", (33, 192), 8)
+results(other, grad_for(other))
 arguments = problem("bfloat16", (4, 197, 384), 16)
 grad = grad_for(arguments)
 torch.autograd.grad(arguments["x"].square().sum(), arguments["x"])  # autograd has its threads from now on
@@ -534,28 +558,27 @@ def test_more_than_2_to_the_31_elements():
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"more than 2^31 elements of bfloat16 need {needed / 1e9:.0f} GB of free GPU memory")
     arguments = problem("bfloat16", (1, dim), rank)
-    x = torch.randn(rows, dim, device="cuda", dtype=BF16).requires_grad_()
-    grad = torch.randn_like(x)
-    y = adapter(**arguments | {"x": x})
+    arguments["x"] = torch.randn(rows, dim, device="cuda", dtype=BF16).requires_grad_()
+    # Around 2^30 and 2^31 elements. Elsewhere dy is 0, or the last rows would be lost in the sums over all.
+    windows = [slice(begin, begin + 1000) for begin in (0, 2**24 - 500, rows - 1000)]
+    grad = torch.zeros(rows, dim, device="cuda", dtype=BF16)
+    for window in windows:
+        grad[window].normal_()
+
+    def of_windows(tensor):
+        return torch.cat([tensor.detach()[window] for window in windows])
+
+    y = adapter(**arguments)
     hidden = y.grad_fn.saved_tensors[1]
     # Without NaN in fresh memory: to fill it takes long.
-    wanted = tensors_of(arguments | {"x": x})
+    wanted = tensors_of(arguments)
     found = torch.autograd.grad(y, list(wanted.values()), grad)
     found = {f"gradient of {name}": value for name, value in zip(wanted, found, strict=True)}
-    y, x = y.detach(), x.detach()
-    for begin in (0, 2**24 - 500, 2**25 - 500, rows - 1000):
-        part = slice(begin, begin + 1000)
-        expected = plain(arguments | {"x": x[part]}, grad[part], BF16)
-        here = {"y": y[part], "hidden": hidden[part], "gradient of x": found["gradient of x"][part]}
-        assert_near(here, {name: expected[name] for name in here}, "bfloat16", f"rows from {begin},")
-    del y, hidden, here, expected, found["gradient of x"]
-    sums = dict.fromkeys(found, 0.0)
-    for begin in range(0, rows, 2**21):
-        part = slice(begin, begin + 2**21)
-        of_part = plain(converted(arguments, torch.Tensor.float) | {"x": x[part]}, grad[part], F32)
-        sums = {name: total + of_part[name].double() for name, total in sums.items()}
-    assert_near(found, sums, "bfloat16", "sums over all rows,")
-    del x, grad, of_part
+    found |= {"y": y, "hidden": hidden}
+    found |= {name: of_windows(found[name]) for name in ("y", "hidden", "gradient of x")}
+    few = converted(arguments | {"x": of_windows(arguments["x"])}, torch.Tensor.float)
+    assert_near(found, plain(few, of_windows(grad).float(), F32), "bfloat16")
+    del arguments, wanted, grad, y, hidden, found
     torch.cuda.empty_cache()
 
 

@@ -137,8 +137,9 @@ def test_every_number_stands_beside_its_target():
     assert verdicts["FusedAdapter, kernels that are not ours", f"bfloat16 {large} 64"] == "over by 1"
     assert verdicts["saved for backward beside the inputs (MB)", f"bfloat16 {large} 64"] == "reached"
     assert verdicts["workspace, backward (MB)", f"bfloat16 {large} 64"] == "over by 1"
-    assert verdicts["forward over eager, any size", f"bfloat16 {large} 3, the worst of 2; 1 below 1"] == "short by 0.2"
-    assert verdicts["backward over eager, any size", f"bfloat16 {large} 64, the worst of 2; 0 below 1"] == "reached"
+    anywhere = "over eager, any size of the grid (ranks to 256)"
+    assert verdicts[f"forward {anywhere}", f"bfloat16 {large} 3, the worst of 2; 1 below 1"] == "short by 0.2"
+    assert verdicts[f"backward {anywhere}", f"bfloat16 {large} 64, the worst of 2; 0 below 1"] == "reached"
     assert verdicts[gpu_report.TITLES["autotune"].lower(), "everything"] == "not measured: no time was left"
     reached = sum(verdict == "reached" for verdict in verdicts.values())
     assert f"{reached} of {len(found)} targets reached." in gpu_report.targets_table(found)
@@ -411,7 +412,7 @@ def test_compulsory_bytes(monkeypatch, mix, forward, backward):
     hidden = 4 * tokens * rank
     assert problem.compulsory_bytes() == {
         "forward": forward * tokens * dim + hidden,
-        "backward": backward * tokens * dim + hidden,
+        "backward": backward * tokens * dim,
     }
 
 
@@ -453,6 +454,62 @@ def test_what_is_wrong_is_not_timed(monkeypatch, mix, what, function):
     rows = []
     gpu_cells.measure([(mix, *TINY)], gpu_cells.bandwidth, 60, rows.append)
     assert rows[0]["error"].startswith(f"ArithmeticError: {what} differs from eager's by ")
+
+
+@pytest.mark.parametrize("mix", ["bfloat16", "bfloat16, residual", "float32"])
+@pytest.mark.parametrize("name", ["y", "gradient of x"])
+def test_one_wrong_row_of_many_is_seen(monkeypatch, mix, name):
+    monkeypatch.setattr(gpu_problem, "DEVICE", "cpu")
+    problem = gpu_problem.Problem(mix, 64, 8, 20_000)
+    expected = problem.results(gpu_problem.eager)
+    found = {what: value.clone() for what, value in expected.items()}
+    assert problem.compare(found, expected) == 0
+    own_residual = problem.mix.residual is not None
+    y_base = problem.inputs["residual" if own_residual else "x"].detach()
+    base = {"y": y_base, "gradient of x": 0 * problem.grad if own_residual else problem.grad}
+    found[name][-1] = base[name][-1]  # as if the branch had nothing for it
+    with pytest.raises(ArithmeticError, match=f"a row of {name} differs from eager's by"):
+        problem.compare(found, expected)
+
+
+def test_autocast_is_entered_once_for_all_calls_that_cost_the_host(monkeypatch):
+    monkeypatch.setattr(gpu_problem, "DEVICE", "cpu")
+    problem = gpu_problem.Problem("float32 in bfloat16", *TINY)
+    entered = []
+
+    def times(works):
+        assert torch.is_autocast_enabled("cpu") and len(entered) == 1
+        return {name: work() for name, work in works.items()}
+
+    autocast = problem.autocast
+    monkeypatch.setattr(problem, "autocast", lambda: entered.append(1) or autocast())
+    monkeypatch.setattr(gpu_cells, "host_times", times)
+    found = gpu_cells.host(problem)["us"]
+    assert list(found) == ["forward ours", "both ours", "forward eager", "both eager"] and len(entered) == 1
+    for name, function in gpu_cells.EAGER_AND_OURS.items():
+        expected = problem.results(function)
+        assert torch.equal(found[f"forward {name}"], expected["y"])
+        gradients = problem.named(found[f"both {name}"])
+        assert all(torch.equal(value, expected[what]) for what, value in gradients.items())
+
+
+@pytest.mark.parametrize("seen", [[], ["Activity Buffer Request"], ["Activity Buffer Request", "kernel"]])
+def test_a_profiler_that_sees_no_kernel_is_an_error(monkeypatch, seen):
+    events = [SimpleNamespace(name=name, device_type=torch.autograd.DeviceType.CUDA) for name in seen]
+    events.append(SimpleNamespace(name="launch", device_type=torch.autograd.DeviceType.CPU))
+    profiler = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(gpu_timing, "profile", lambda **options: contextlib.nullcontext(profiler))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    if "kernel" in seen:
+        assert gpu_timing.kernels(lambda: None) == ["kernel"]
+        return
+    with pytest.raises(RuntimeError, match="the profiler saw no kernel"):
+        gpu_timing.kernels(lambda: None)
+
+
+def test_cells_need_no_pytest():
+    code = "import sys; sys.modules['pytest'] = None; import benchmarks.gpu, benchmarks.gpu_cells"
+    subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, check=True)
 
 
 def test_what_work_comes_after_is_captured_and_not_timed(monkeypatch):
