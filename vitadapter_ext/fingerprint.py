@@ -1,8 +1,8 @@
 """Is this the backbone that a file belongs to? A hash of every tensor, and a few values where the hash differs.
 
 The hash says yes at once. Where it differs because one side was rounded to half precision (`model.half()`, weights that
-were kept in float16), the values decide, compared within that rounding. The position embedding is left out: it is
-resized with the image.
+were kept in float16), the values decide, compared within that rounding. Position embeddings, absolute and relative, are
+left out: they are resized with the image.
 """
 
 import hashlib
@@ -53,7 +53,8 @@ def difference(stored: Mapping[str, dict], backbone: Mapping[str, Tensor]) -> st
 
 
 def _compared(backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in backbone.items() if "pos_embed" not in name}
+    resized = ("pos_embed", "relative_position_")
+    return {name: tensor for name, tensor in backbone.items() if not any(part in name for part in resized)}
 
 
 def _same_values(entry: dict, tensor: Tensor) -> bool:
