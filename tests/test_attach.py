@@ -50,7 +50,7 @@ def test_names_of_all_other_tensors_stay(architecture, method):
 @every_method
 def test_detach_leaves_no_trace(architecture, method):
     model = make(architecture)
-    model.blocks[0].norm1.weight.requires_grad_(False)  # a flag of its own that must come back
+    next(model.parameters()).requires_grad_(False)  # a flag of its own that must come back
     x = images(model)
     state, shape, logits = copied_state(model), structure(model), model(x)
     va.attach(model, method)
@@ -75,6 +75,7 @@ def test_detach_restores_the_size_of_the_head(architecture):
 
 @every_architecture
 @every_method
+@torch.no_grad()  # a relative position bias that asks for a gradient takes another path through attention
 def test_disabled_is_the_frozen_backbone_under_the_present_head(architecture, method):
     model, frozen = make(architecture), make(architecture)
     va.attach(model, method)
@@ -146,35 +147,6 @@ def test_nothing_attached(call):
         call(make())
 
 
-@pytest.mark.parametrize(
-    ("name", "has"),
-    [
-        ("swin_tiny_patch4_window7_224", "timm.models.swin_transformer.SwinTransformerBlock"),
-        ("swinv2_tiny_window8_256", "timm.models.swin_transformer_v2.SwinTransformerV2Block"),
-        ("beit_base_patch16_224", "timm.models.beit.Block"),
-        ("eva02_tiny_patch14_224", "timm.models.eva.EvaBlock"),
-        ("resnet18", "timm.models.resnet.BasicBlock"),
-        ("vit_small_patch16_18x2_224", "timm.models.vision_transformer.ParallelThingsBlock"),
-        ("vit_mixed", "timm.models.vision_transformer.Block, timm.models.vision_transformer.ParallelScalingBlock"),
-        ("convmixer_768_32", "no blocks"),
-    ],
-)
-@pytest.mark.parametrize("method", [va.Adapter(), va.Adapter(train_biases=True)], ids=["adapters", "biases"])
-def test_unsupported_blocks_are_named_and_left_alone(name, has, method):
-    with torch.device("meta"):
-        if name == "vit_mixed":
-            model = make()
-            model.blocks[1] = timm.models.vision_transformer.ParallelScalingBlock(48, 2)
-        else:
-            model = timm.create_model(name, num_classes=10)
-    shape = structure(model)
-    with pytest.raises(ValueError) as error:
-        va.attach(model, method)
-    assert "blocks of class timm.models.vision_transformer.Block, but" in str(error.value)
-    assert str(error.value).endswith(f"this {type(model).__name__} has {has}")
-    assert structure(model) == shape
-
-
 @dataclass(frozen=True)
 class Failing(Method):
     """Changes a bit of everything, then fails."""
@@ -222,7 +194,7 @@ def test_models_and_methods_that_cannot_be_used(model, method, message):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("placement", ["houlsby", "parallel"])
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel", "inner"])
 def test_adapters_are_float32_on_a_low_precision_backbone(placement, dtype):
     model = make().to(dtype)
     before = {name: p.dtype for name, p in model.named_parameters()}
@@ -233,7 +205,7 @@ def test_adapters_are_float32_on_a_low_precision_backbone(placement, dtype):
     logits = model(images(model))
     logits.float().sum().backward()
     assert logits.dtype == dtype
-    assert model.blocks[0].adapter_mlp.up.weight.grad.dtype == wanted
+    assert {p.grad.dtype for name, p in model.named_parameters() if name not in before} == {wanted}
 
 
 @pytest.mark.parametrize("training", [True, False])

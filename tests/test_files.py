@@ -24,6 +24,7 @@ from tests.vits import (
     structure,
 )
 from vitadapter_ext import files
+from vitadapter_ext.attachment import head_tensors
 
 METHOD = va.Adapter(rank=3, train_norms=True)
 
@@ -212,8 +213,8 @@ def test_half_precision_backbones_match(tmp_path, architecture, dtype):
     va.save(model, tmp_path / "file")
     x = images(model)
     low = va.load(make(architecture).to(dtype), tmp_path / "file")
-    assert low.head.weight.dtype == dtype
-    assert low.blocks[0].adapter_mlp.up.weight.dtype == torch.float32
+    assert {tensor.dtype for tensor in head_tensors(low).values()} == {dtype}
+    assert {p.dtype for name, p in low.named_parameters() if ".adapter_" in name} == {torch.float32}
     torch.testing.assert_close(low(x.to(dtype)).float(), model(x), rtol=0.1, atol=0.2)
     va.load(make(architecture).to(dtype).float(), tmp_path / "file")
 
@@ -248,6 +249,18 @@ def test_a_resized_position_embedding_matches(tmp_path, saved):
     larger = make()
     larger.set_input_size(img_size=(48, 64))
     assert va.load(larger, saved)(torch.randn(2, 3, 48, 64)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(("architecture", "size"), [("beit", {}), ("swin", {"window_size": 8})])
+def test_a_resized_relative_position_bias_matches(tmp_path, architecture, size):
+    va.save(trained(architecture, va.Adapter(rank=3)), tmp_path / "file")
+    larger = make(architecture, img_size=64, **size)
+    shapes = {name: tensor.shape for name, tensor in larger.state_dict().items()}
+    same = {name: tensor for name, tensor in make(architecture).state_dict().items() if tensor.shape == shapes[name]}
+    assert all("relative_position_" in name for name in shapes.keys() - same.keys())
+    assert len(same) < len(shapes)
+    larger.load_state_dict(same, strict=False)
+    assert va.load(larger, tmp_path / "file")(images(larger)).shape == (2, 5)
 
 
 def test_overrides_do_not_change_which_backbone_it_is(tmp_path):

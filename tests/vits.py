@@ -7,16 +7,27 @@ from torch import Tensor, nn
 
 import vitadapter_ext as va
 
-# The giant's SwiGLU, registers, LayerScale and both heads are real, widths and depths are not.
+# Blocks, MLPs, registers, position embeddings, LayerScale and heads are real, widths and depths are not.
+SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 2}
+# No window of a single token, where attention has no gradient; the second block shifts its windows.
+SMALL_SWIN = {"depths": (2, 1), "embed_dim": 24, "num_heads": (2, 2), "window_size": 4, "drop_path_rate": 0.0}
 ARCHITECTURES = {
-    "vit": ("vit_tiny_patch16_224", {"img_size": 32}),
-    "deit": ("deit_tiny_patch16_224", {"img_size": 32}),
-    "deit_distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 32}),
-    "dinov2": ("vit_small_patch14_dinov2", {"img_size": 28}),
-    "dinov2_registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 28}),
-    "dinov2_giant": ("vit_giant_patch14_dinov2", {"img_size": 28}),
+    "vit": ("vit_tiny_patch16_224", {"img_size": 32, **SMALL}),
+    "deit": ("deit_tiny_patch16_224", {"img_size": 32, **SMALL}),
+    "deit_distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 32, **SMALL}),
+    "deit3": ("deit3_small_patch16_224", {"img_size": 32, **SMALL}),
+    "dinov2": ("vit_small_patch14_dinov2", {"img_size": 28, **SMALL}),
+    "dinov2_registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 28, **SMALL}),
+    "dinov2_giant": ("vit_giant_patch14_dinov2", {"img_size": 28, **SMALL}),  # GluMlp
+    "clip": ("vit_base_patch16_clip_quickgelu_224", {"img_size": 32, **SMALL}),
+    "siglip": ("vit_base_patch16_siglip_224", {"img_size": 32, **SMALL}),  # attention pooling, with an MLP of its own
+    "eva02": ("eva02_tiny_patch14_224", {"img_size": 28, **SMALL}),  # qkv in one, GluMlp
+    "eva02_large": ("eva02_large_patch14_224", {"img_size": 28, **SMALL}),  # qkv in three, SwiGLU with a norm
+    "dinov3": ("vit_small_patch16_dinov3", {"img_size": 32, **SMALL}),
+    "beit": ("beit_base_patch16_224", {"img_size": 32, "use_shared_rel_pos_bias": True, **SMALL}),
+    "swin": ("swin_tiny_patch4_window7_224", {"img_size": 32, **SMALL_SWIN}),
 }
-PLACEMENTS = ("post", "houlsby", "intermediate", "parallel", "pre")
+PLACEMENTS = ("post", "houlsby", "intermediate", "pfeiffer", "parallel", "pre", "inner", "houlsby-inner")
 METHODS = {
     **{placement: va.Adapter(rank=3, placement=placement) for placement in PLACEMENTS},
     "norms": va.Adapter(rank=3, scale="scalar", train_norms=True),
@@ -32,8 +43,7 @@ def make(architecture: str = "vit", num_classes: int = 3, **changes) -> nn.Modul
     name, arguments = ARCHITECTURES[architecture]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        arguments = {"depth": 2, "embed_dim": 48, "num_heads": 2, **arguments, **changes}
-        model = timm.create_model(name, num_classes=0, **arguments)
+        model = timm.create_model(name, num_classes=0, **{**arguments, **changes})
         randomise(model.parameters())
         model.reset_classifier(num_classes)
     return model.eval()

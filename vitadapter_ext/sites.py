@@ -1,11 +1,15 @@
-"""Where do methods attach? A table from the exact class of a timm module to the adapted subclass that takes its place.
+"""Where do methods attach? Tables from the exact class of a timm module to the adapted subclass that takes its place.
 
 `module.__class__ = ADAPTED_BLOCKS[type(module)]` keeps the module's identity, names and weights: no wrapper and no hook
 enters the path, so state dicts, pickle, deepcopy, `torch.compile` and export see an ordinary timm model. An adapted
-forward reads a plain attribute that the method has set (here the joins): that is how a compiled model sees `disabled`.
+block reads plain attributes that the method has set (the joins): that is how a compiled model sees `disabled`. What the
+backbone scales or drops of a branch (LayerScale, gammas, drop-path) stays inside it: an adapter sees it afterwards.
 """
 
-from timm.models.vision_transformer import Block
+from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.models import beit, vision_transformer
+from timm.models.eva import EvaBlock
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 
@@ -17,6 +21,12 @@ def _sum(x: Tensor, branch: Tensor, adapter: nn.Module) -> Tensor:
     return adapter(x + branch)
 
 
+def _normed(x: Tensor, branch: Tensor, adapter: nn.Module) -> Tensor:
+    x = x + branch
+    # The norm is float32 on a low-precision backbone too; the stream keeps its dtype.
+    return adapter(adapter.norm(x.to(adapter.norm.weight.dtype)).to(x.dtype), residual=x)
+
+
 def _branch(x: Tensor, branch: Tensor, adapter: nn.Module) -> Tensor:
     return adapter(branch, residual=x + branch)
 
@@ -26,25 +36,94 @@ def _input(x: Tensor, branch: Tensor, adapter: nn.Module) -> Tensor:
 
 
 # How the end of a residual branch, x + branch, is made; the adapters add their residual themselves.
-JOINS = {"plain": _plain, "sum": _sum, "branch": _branch, "input": _input}
+JOINS = {"plain": _plain, "sum": _sum, "normed": _normed, "branch": _branch, "input": _input}
 
 
-class AdaptedBlock(Block):
-    """timm's pre-norm block (plain ViT, DeiT, DINOv2); its LayerScale and drop-path stay inside the branches."""
+class Joined:
+    """What the adapted blocks share: the ends of their two branches, and the width of their stream."""
+
+    def add_attn(self, x: Tensor, branch: Tensor) -> Tensor:
+        return JOINS[self.join_attn](x, branch, self.adapter_attn)
+
+    def add_mlp(self, x: Tensor, branch: Tensor) -> Tensor:
+        return JOINS[self.join_mlp](x, branch, self.adapter_mlp)
 
     @property
-    def dim(self) -> int:
+    def width(self) -> int:
         return self.attn.proj.out_features
+
+
+class AdaptedBlock(Joined, vision_transformer.Block):
+    """The pre-norm block of plain ViT, DeiT, DeiT-3, DINOv2, CLIP and SigLIP."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         # timm passes attn_mask and is_causal on to the attention; older releases have the first or neither.
-        branch = self.drop_path1(self.ls1(self.attn(self.norm1(x), *args, **kwargs)))
-        x = JOINS[self.join_attn](x, branch, self.adapter_attn)
-        branch = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return JOINS[self.join_mlp](x, branch, self.adapter_mlp)
+        x = self.add_attn(x, self.drop_path1(self.ls1(self.attn(self.norm1(x), *args, **kwargs))))
+        return self.add_mlp(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
 
 
-ADAPTED_BLOCKS = {Block: AdaptedBlock}
+class AdaptedEvaBlock(Joined, EvaBlock):
+    """EVA, EVA-02 and DINOv3: `rope` is for the attention, and either gamma may be missing."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        branch = self.attn(self.norm1(x), *args, **kwargs)
+        if self.gamma_1 is not None:
+            branch = self.gamma_1 * branch
+        x = self.add_attn(x, self.drop_path1(branch))
+        branch = self.mlp(self.norm2(x))
+        if self.gamma_2 is not None:
+            branch = self.gamma_2 * branch
+        return self.add_mlp(x, self.drop_path2(branch))
+
+
+class AdaptedBeitBlock(Joined, beit.Block):
+    """BEiT's block is EVA's, with `shared_rel_pos_bias` for the attention."""
+
+    forward = AdaptedEvaBlock.forward
+
+
+class AdaptedSwinBlock(Joined, SwinTransformerBlock):
+    """Swin: x is (B, H, W, C), and an index of B is a sample; the windows are the attention's own affair."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        x = self.add_attn(x, self.drop_path1(self._attn(self.norm1(x))))
+        x = x.reshape(B, -1, C)
+        x = self.add_mlp(x, self.drop_path2(self.mlp(self.norm2(x))))
+        return x.reshape(B, H, W, C)
+
+
+ADAPTED_BLOCKS = {
+    vision_transformer.Block: AdaptedBlock,
+    EvaBlock: AdaptedEvaBlock,
+    beit.Block: AdaptedBeitBlock,
+    SwinTransformerBlock: AdaptedSwinBlock,
+}
+
+
+# An MLP with an adapter at the input of its last linear layer.
+
+
+class AdaptedMlp(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.drop1(self.act(self.fc1(x))))
+        return self.drop2(self.fc2(self.adapter_inner(x)))
+
+
+class AdaptedGluMlp(GluMlp):
+    def forward(self, x: Tensor) -> Tensor:
+        x1, x2 = self.fc1(x).chunk(2, dim=self.chunk_dim)
+        x = x1 * self.act(x2) if self.gate_last else self.act(x1) * x2
+        return self.drop2(self.fc2(self.adapter_inner(self.norm(self.drop1(x)))))
+
+
+class AdaptedSwiGLU(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.fc1_g(x)) * self.fc1_x(x)
+        return self.drop2(self.fc2(self.adapter_inner(self.norm(self.drop1(x)))))
+
+
+ADAPTED_MLPS = {Mlp: AdaptedMlp, GluMlp: AdaptedGluMlp, SwiGLU: AdaptedSwiGLU}
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -53,13 +132,28 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: there are none, or some are of a class that is not in `ADAPTED_BLOCKS`; both are named.
     """
-    found = {name: module for name, module in model.named_modules() if "Block" in type(module).__name__}
-    if not found or any(type(block) not in ADAPTED_BLOCKS for block in found.values()):
+    blocks = {name: module for name, module in model.named_modules() if "Block" in type(module).__name__}
+    _check_classes("blocks", blocks, ADAPTED_BLOCKS, model)
+    return blocks
+
+
+def find_mlps(model: nn.Module) -> dict[str, nn.Module]:
+    """The MLPs of the model's transformer blocks by name; those elsewhere, as in an attention pooling, are not meant.
+
+    Raises:
+        ValueError: as `find_blocks`, and for `ADAPTED_MLPS`.
+    """
+    mlps = {f"{name}.mlp": block.mlp for name, block in find_blocks(model).items()}
+    _check_classes("MLPs", mlps, ADAPTED_MLPS, model)
+    return mlps
+
+
+def _check_classes(kind: str, found: dict[str, nn.Module], table: dict[type, type], model: nn.Module) -> None:
+    if not found or any(type(module) not in table for module in found.values()):
         raise ValueError(
-            f"this method attaches to blocks of class {_class_names(ADAPTED_BLOCKS)}, "
-            f"but this {type(model).__name__} has {_class_names(map(type, found.values())) or 'no blocks'}"
+            f"this method attaches to {kind} of class {_class_names(table)}, "
+            f"but this {type(model).__name__} has {_class_names(map(type, found.values())) or f'no {kind}'}"
         )
-    return found
 
 
 def _class_names(classes) -> str:

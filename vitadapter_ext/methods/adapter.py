@@ -1,8 +1,8 @@
 """The bottleneck adapter: where it goes in a block, and what is trained beside it.
 
-Placements are those of Houlsby et al. 2019, AdaptFormer (Chen et al., NeurIPS 2022), MiMi (Marouf et al., WACV 2024)
-and Adapter+ (Steitz and Roth, CVPR 2024); the defaults are Adapter+'s, whose recipe is "adapter-plus". Nothing merges:
-there is an activation inside.
+Placements are those of Houlsby et al. 2019, AdapterFusion (Pfeiffer et al., EACL 2021), AdaptFormer (Chen et al.,
+NeurIPS 2022), MiMi (Marouf et al., WACV 2024) and Adapter+ (Steitz and Roth, CVPR 2024); the defaults are Adapter+'s,
+whose recipe is "adapter-plus". Nothing merges: there is an activation inside.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,16 @@ from .._text import unknown
 from ..nn.adapter import ACTIVATIONS, INITS, FusedAdapter, check_adapter_options
 from .base import Method, Shapes, check_flags, option
 
-# placement: how each branch of a block joins the stream (`sites.JOINS`), after the attention and after the MLP
+# placement: how the attention and the MLP join the stream (`sites.JOINS`), and whether there is one inside the MLP
 PLACEMENTS = {
-    "post": ("plain", "sum"),
-    "houlsby": ("branch", "branch"),
-    "intermediate": ("plain", "branch"),
-    "parallel": ("plain", "input"),
-    "pre": ("sum", "plain"),
+    "post": ("plain", "sum", False),
+    "houlsby": ("branch", "branch", False),
+    "intermediate": ("plain", "branch", False),
+    "pfeiffer": ("plain", "normed", False),
+    "parallel": ("plain", "input", False),
+    "pre": ("sum", "plain", False),
+    "inner": ("plain", "plain", True),
+    "houlsby-inner": ("branch", "plain", True),
 }
 
 
@@ -34,7 +37,9 @@ class Adapter(Method):
     Args:
         rank: width of the bottleneck, at least 1.
         placement: "post": out + A(out); "houlsby": both branches b become b + A(b); "intermediate": the MLP's branch
-            does; "parallel": out + A(h); "pre": h + A(h), before the MLP.
+            does; "pfeiffer": out + A(LN_a(out)), with a LayerNorm of the adapter's own; "parallel": out + A(h);
+            "pre": h + A(h), before the MLP; "inner": x + A(x) for the input x of the MLP's last linear layer;
+            "houlsby-inner": that, and the attention's branch b becomes b + A(b).
         train_norms: also trains every normalisation layer.
         train_biases: also trains the biases of the linear layers inside the blocks.
     Raises:
@@ -65,23 +70,32 @@ class Adapter(Method):
         check_flags(self, "bias", "train_norms", "train_biases")
 
     def insert(self, model: nn.Module, shapes: Shapes | None = None) -> None:
-        from ..sites import ADAPTED_BLOCKS, find_blocks  # here, so that naming a method need not wait for timm
+        # Here, so that naming a method need not wait for timm.
+        from ..sites import ADAPTED_BLOCKS, ADAPTED_MLPS, find_blocks, find_mlps
 
-        for block_name, block in find_blocks(model).items():
+        join_attn, join_mlp, inner = PLACEMENTS[self.placement]
+        blocks, mlps = find_blocks(model), find_mlps(model) if inner else {}
+        for name, block in blocks.items():
             block.__class__ = ADAPTED_BLOCKS[type(block)]
-            for branch, join in zip(("attn", "mlp"), PLACEMENTS[self.placement], strict=True):
+            for branch, join in (("attn", join_attn), ("mlp", join_mlp)):
                 adapter = None
                 if join != "plain":
-                    down = (shapes or {}).get(f"{block_name}.adapter_{branch}.down.weight", ())
-                    adapter = self._adapter(block, rank=down[0] if len(down) == 2 else self.rank)
+                    adapter = self._adapter(block, block.width, f"{name}.adapter_{branch}", shapes)
+                if join == "normed":
+                    weight = adapter.down.weight
+                    adapter.norm = nn.LayerNorm(block.width, device=weight.device, dtype=weight.dtype)
                 block.register_module(f"adapter_{branch}", adapter)
                 setattr(block, f"join_{branch}", join)
+        for name, mlp in mlps.items():
+            mlp.__class__ = ADAPTED_MLPS[type(mlp)]
+            mlp.adapter_inner = self._adapter(mlp, mlp.fc2.in_features, f"{name}.adapter_inner", shapes)
 
-    def _adapter(self, block: nn.Module, rank: int) -> FusedAdapter:
-        weight = next(block.parameters())
+    def _adapter(self, owner: nn.Module, dim: int, name: str, shapes: Shapes | None) -> FusedAdapter:
+        weight = next(owner.parameters())
+        down = (shapes or {}).get(f"{name}.down.weight", ())
         return FusedAdapter(
-            block.dim,
-            rank,
+            dim,
+            down[0] if len(down) == 2 else self.rank,
             activation=self.activation,
             scale=self.scale,
             bias=self.bias,
@@ -97,13 +111,13 @@ class Adapter(Method):
     def overrides(self, model: nn.Module) -> list[str]:
         from ..sites import find_blocks
 
-        names = []
-        if self.train_norms:
-            # By the class's name: timm has its own norm classes, fused and not, which share no base.
-            norms = ((name, m) for name, m in model.named_modules() if "norm" in type(m).__name__.lower())
-            names += [f"{prefix}.{name}" for prefix, norm in norms for name, _ in norm.named_parameters(recurse=False)]
+        # By the class's name: timm has its own norm classes, fused and not, which share no base.
+        norm_layers = {name: m for name, m in model.named_modules() if "norm" in type(m).__name__.lower()}
+        norms = [name for prefix, m in norm_layers.items() for name, _ in m.named_parameters(prefix, recurse=False)]
+        names = list(norms) if self.train_norms else []
         if self.train_biases:
-            for block_name, block in find_blocks(model).items():
-                linears = ((name, m) for name, m in block.named_modules() if isinstance(m, nn.Linear))
-                names += [f"{block_name}.{name}.bias" for name, linear in linears if linear.bias is not None]
+            # Not only those of `nn.Linear`: EVA's and BEiT's attentions hold the bias of `qkv` as a bare `q_bias`.
+            for prefix, block in find_blocks(model).items():
+                inside = (name for name, _ in block.named_parameters(prefix) if name.endswith("bias"))
+                names += [name for name in inside if name not in norms]
         return names

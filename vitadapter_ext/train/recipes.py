@@ -59,12 +59,12 @@ RECIPES = {
         },
     ),
     "seed-project": Recipe(
-        description="wide adapters with norms trained; its second adapter sat inside the MLP, here after it (houlsby)",
+        description="wide adapters after the attention and inside the MLP, with the norms trained",
         source="a student project's ViT-B/16 on Pets, CIFAR-100 and PCAM, with the settings that cured its overfitting",
         checkpoint="vit_base_patch16_224.orig_in21k",
         options={
             "rank": 256,
-            "placement": "houlsby",
+            "placement": "houlsby-inner",
             "activation": "leaky_relu",
             "scale": 1.0,
             "dropout": 0.2,
