@@ -195,14 +195,14 @@ def test_models_and_methods_that_cannot_be_used(model, method, message):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel", "inner"])
-def test_adapters_are_float32_on_a_low_precision_backbone(placement, dtype):
-    model = make().to(dtype)
+def test_adapters_are_float32_on_a_low_precision_backbone(placement, dtype, plain_device):
+    model = make().to(plain_device, dtype)
     before = {name: p.dtype for name, p in model.named_parameters()}
     va.attach(model, va.Adapter(rank=3, placement=placement))
     wanted = torch.promote_types(dtype, torch.float32)
     for name, p in model.named_parameters():
         assert p.dtype == before.get(name, wanted), name
-    logits = model(images(model))
+    logits = model(images(model).to(plain_device))
     logits.float().sum().backward()
     assert logits.dtype == dtype
     assert {p.grad.dtype for name, p in model.named_parameters() if name not in before} == {wanted}
