@@ -64,6 +64,11 @@ def find_toolkit() -> tuple[Path, str] | None:
     return None
 
 
+def newer(version: str, least: tuple[int, int]) -> bool:
+    """Whether a CUDA version is `least` or newer."""
+    return tuple(map(int, version.split("."))) >= least
+
+
 def plan_cuda(torch_cuda: str | None) -> dict[str, str]:
     """What to build for CUDA: {"home", "version", "architectures"}, or {"off": why}."""
     if os.environ.get("VITADAPTER_CUDA") == "0":
@@ -78,7 +83,7 @@ def plan_cuda(torch_cuda: str | None) -> dict[str, str]:
     else:
         home, version = toolkit
         # One list for every machine: 8.6 and 8.9 run the code of 8.0, what is newer than 10.0 compiles the PTX.
-        default = "8.0;9.0;10.0+PTX" if tuple(map(int, version.split("."))) >= (12, 8) else "8.0;9.0+PTX"
+        default = "8.0;9.0;10.0+PTX" if newer(version, (12, 8)) else "8.0;9.0+PTX"
         return {
             "home": str(home),
             "version": version,
@@ -148,13 +153,16 @@ def extensions() -> dict:
         )
     ]
     if "off" not in cuda:
+        nvcc = ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden"]
+        if newer(cuda["version"], (12, 8)):
+            nvcc.append("--compress-mode=size")  # a third off the wheel
         modules.append(
             cpp_extension.CUDAExtension(
                 "vitadapter_ext._cuda",
                 ["csrc/bind/adapter_cuda.cpp", *sorted(glob("csrc/cuda/*.cu", root_dir=HERE))],
                 # USE_CUDA opens the CUDA part of torch's stable headers.
                 define_macros=[*macros, ("USE_CUDA", None)],
-                extra_compile_args={"cxx": cxx, "nvcc": ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden"]},
+                extra_compile_args={"cxx": cxx, "nvcc": nvcc},
             )
         )
     return {"ext_modules": modules, "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
