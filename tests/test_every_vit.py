@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from timm.layers.mlp import GatedMlp
 
 import vitadapter_ext as va
-from tests.vits import ARCHITECTURES, PLACEMENTS, copied_state, images, make, randomise_trained, structure
+from tests.vits import (
+    ARCHITECTURES,
+    METHODS,
+    PLACEMENTS,
+    assert_same_state,
+    copied_state,
+    images,
+    make,
+    randomise_trained,
+    structure,
+)
 from vitadapter_ext.sites import ADAPTED_BLOCKS, ADAPTED_MLPS, find_blocks
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -53,7 +63,7 @@ def plain_mlp(mlp, x):
     if not hasattr(mlp, "adapter_inner"):
         return mlp(x)
     hook = mlp.fc2.register_forward_pre_hook(lambda _, args: args[0] + plain_bottleneck(mlp.adapter_inner, args[0]))
-    y = type(mlp).__bases__[0].forward(mlp, x)
+    y = type(mlp).__bases__[-1].forward(mlp, x)
     hook.remove()
     return y
 
@@ -80,7 +90,7 @@ def plain_block(block, placement, x, **kwargs):
     out = h + m
     if placement == "pfeiffer":
         norm = block.adapter_mlp.norm
-        return out + a2(F.layer_norm(out, (block.width,), norm.weight, norm.bias))
+        return out + a2(F.layer_norm(out, norm.normalized_shape, norm.weight, norm.bias))
     return out + a2(out) if placement == "post" else out
 
 
@@ -89,7 +99,7 @@ def plain_block(block, placement, x, **kwargs):
 @every_architecture
 def test_placement_is_its_formula(architecture, placement, training):
     model = attached(architecture, va.Adapter(rank=3, placement=placement), drop_path_rate=0.5).double().train(training)
-    block = [module for module in model.modules() if type(module) in ADAPTED_BLOCKS.values()][1]
+    block = [module for module in model.modules() if type(module).__name__.endswith("Block")][1]
     calls = []  # with the arguments that timm passes to the attention: they must arrive there
     block.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     model(images(model, 6))
@@ -138,16 +148,17 @@ def test_a_copy_is_whole_and_its_own(architecture):
     assert torch.equal(model(x), logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("placement", ["pfeiffer", "houlsby-inner"])
 @every_architecture
-def test_low_precision_before_and_after(architecture, placement):
+def test_low_precision_before_and_after(architecture, placement, dtype):
     method = va.Adapter(rank=3, placement=placement)
-    before = va.attach(make(architecture).bfloat16(), method)  # the adapters are float32
-    after = va.attach(make(architecture), method).bfloat16()
+    before = va.attach(make(architecture).to(dtype), method)  # the adapters are float32
+    after = va.attach(make(architecture), method).to(dtype)
     for model in (before, after):
         logits = model(images(model))
-        logits.float().square().sum().backward()
-        assert logits.dtype == torch.bfloat16
+        logits.float().square().mean().backward()
+        assert logits.dtype == dtype
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
@@ -167,6 +178,59 @@ def test_gradients_under_autocast_and_checkpointing(architecture, placement):
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
         assert torch.equal(gradients[1][name], gradient), name
+
+
+def resized(model, factor=2):
+    model.set_input_size(tuple(int(factor * side) for side in model.patch_embed.img_size))
+    return model
+
+
+@pytest.mark.parametrize("method", ["houlsby-inner", "biases", "full"])
+@every_architecture
+def test_images_of_another_size(architecture, method, tmp_path):
+    """Resized after attaching, after loading, before loading, and back again: position embeddings follow the images."""
+    model = va.attach(make(architecture), METHODS[method])
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    randomise_trained(model)
+    va.save(model, tmp_path / "small")
+    va.save(resized(model), tmp_path / "large")
+    x = images(model)
+    model(x).sum().backward()
+    assert all((p.grad is None) == (name in frozen) for name, p in model.named_parameters())
+    with torch.no_grad():  # a relative position bias that asks for a gradient takes another path through attention
+        logits = model(x)
+        assert torch.equal(resized(va.load(make(architecture), tmp_path / "small"))(x), logits)
+        assert torch.equal(va.load(resized(make(architecture)), tmp_path / "large")(x), logits)
+        if method != "full":  # which has trained the position embedding at the small size
+            assert torch.equal(va.load(resized(make(architecture)), tmp_path / "small")(x), logits)
+            assert_same_state(va.detach(model), resized(make(architecture)).state_dict())
+
+
+@every_architecture
+def test_a_trained_position_embedding_that_was_resized_cannot_be_put_back(architecture):
+    model = va.attach(make(architecture), va.FullFineTune())
+    randomise_trained(model)
+    state = copied_state(resized(model))
+    positions = [name for name, p in make(architecture).named_parameters() if p.shape != state[name].shape]
+    assert positions or architecture == "dinov3"  # whose positions are all rotary
+    for undo in (va.detach, lambda m: va.disabled(m).__enter__()) if positions else ():
+        with pytest.raises(ValueError, match=f"{positions[0]} was .* when the method was attached and is .* now: give"):
+            undo(model)
+    assert_same_state(model, state)
+    assert_same_state(va.detach(resized(model, 0.5)), make(architecture).state_dict())
+
+
+@pytest.mark.parametrize("architecture", ONE_OF_EACH_BLOCK)
+def test_inductor_trains_it_in_one_graph(architecture):
+    torch._dynamo.reset()
+    model = attached(architecture, va.Adapter(rank=3, placement="houlsby-inner"))
+    x = images(model)
+    model(x).sum().backward()
+    eager = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    torch.compile(model, fullgraph=True)(x).sum().backward()
+    for name, gradient in eager.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ONE_OF_EACH_BLOCK)

@@ -17,6 +17,8 @@ _LAZY = {
     "attach": "attachment",
     "detach": "attachment",
     "disabled": "attachment",
+    "merge": "merging",
+    "unmerge": "merging",
     "summary": "parameters",
     "save": "files",
     "load": "files",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .folding import folded_modules, original_parameters, record_of, to_cpu, unfold
 from .methods.base import Method, Shapes
 
 _KEY = "_vitadapter"  # of the record in the model's __dict__
@@ -55,8 +56,8 @@ def attach_resized(
     record = Attachment(
         method,
         requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
-        originals={name: _copy(p) for name, p in model.named_parameters() if name in overrides},
-        head={name: _copy(t) for name, t in head.items()},
+        originals={name: to_cpu(p).clone() for name, p in model.named_parameters() if name in overrides},
+        head={name: to_cpu(t).clone() for name, t in head.items()},
         num_classes=count_classes(model),
     )
     before = {name: (module, type(module), _attributes(module)) for name, module in model.named_modules()}
@@ -85,13 +86,32 @@ def attach_resized(
 def detach(model: nn.Module) -> nn.Module:
     """Undoes `attach` exactly: classes, children, head, overridden tensors and `requires_grad` are as they were.
 
+    A merged model is unmerged first.
+
     Returns: the model.
     Raises:
-        ValueError: no method is attached.
+        ValueError: no method is attached, or a tensor that it trained has been resized with the images since.
     """
-    _undo(model, attachment(model))
+    record = attachment(model)
+    _check_sizes(model, record.originals)
+    unfold_all(model)
+    _undo(model, record)
     del model.__dict__[_KEY]
     return model
+
+
+def release(model: nn.Module) -> None:
+    """Ends an attachment and leaves all weights as they are."""
+    record = attachment(model)
+    _take_off(model, record)
+    _restore_requires_grad(model, record)
+    del model.__dict__[_KEY]
+
+
+def unfold_all(model: nn.Module) -> None:
+    """Unfolds every folded module."""
+    for module in folded_modules(model).values():
+        unfold(module)
 
 
 @contextmanager
@@ -99,10 +119,12 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the `with`, `model` answers as the frozen backbone under the present head.
 
     Raises:
-        ValueError: no method is attached, or the model is inside another `disabled`.
+        ValueError: as `detach`, or the model is inside another `disabled`.
     """
     record = attachment(model)
-    parameters = {name: model.get_parameter(name) for name in record.originals}
+    originals = {**original_parameters(model), **record.originals}
+    _check_sizes(model, originals)
+    parameters = {name: model.get_parameter(name) for name in originals}
     trained = {name: p.data for name, p in parameters.items()}
     adapted = {name: type(model.get_submodule(name)) for name in record.classes}
     # torch 2.11 compiles on past a changed class, but sees that an attribute which it has read is gone.
@@ -120,7 +142,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             del owner[name]
         for name, p in parameters.items():
             # Through .data, so that a graph built before still has its backward afterwards.
-            p.data = record.originals[name].to(p.device, p.dtype, copy=True)
+            p.data = originals[name].detach().to(p.device, p.dtype, copy=True)
         yield model
     finally:
         for name, p in parameters.items():
@@ -145,12 +167,17 @@ def attachment(model: nn.Module) -> Attachment:
 
 def tensors_by_kind(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Parameters and saved buffers by state-dict name, a shared one once, under four kinds: "adapter" (what the method
-    added), "head", "override" (trained tensors of the backbone) and "backbone" (frozen ones)."""
+    added), "head", "override" (trained tensors of the backbone) and "backbone" (frozen ones); of a merged model what
+    they were before."""
     record = attachment(model)
-    added = tuple(f"{module}.{name}" if module else name for module, names in record.added.items() for name in names)
+    added = tuple(_join(module, name) for module, names in record.added.items() for name in names)
+    tensors = {**_saved_tensors(model), **original_parameters(model)}
+    for owner, module in folded_modules(model).items():
+        for child, taken in record_of(module).children.items():
+            tensors |= {_join(owner, child, name): tensor for name, tensor in _saved_tensors(taken).items()}
     head = head_tensors(model)
     kinds = {"adapter": {}, "head": {}, "override": {}, "backbone": {}}
-    for name, tensor in _saved_tensors(model).items():
+    for name, tensor in tensors.items():
         if name in added or name.startswith(tuple(f"{prefix}." for prefix in added)):
             kind = "adapter"
         elif name in head:
@@ -227,11 +254,7 @@ def _changes(before: dict[str, tuple[nn.Module, type, set[str]]]) -> tuple[dict[
 
 
 def _undo(model: nn.Module, record: Attachment) -> None:
-    for module, names in record.added.items():
-        for name in names:
-            delattr(model.get_submodule(module), name)
-    for module, cls in record.classes.items():
-        model.get_submodule(module).__class__ = cls
+    _take_off(model, record)
     if {n: t.shape for n, t in head_tensors(model).items()} != {n: t.shape for n, t in record.head.items()}:
         _set_classes(model, record.num_classes)
     with torch.no_grad():
@@ -239,8 +262,31 @@ def _undo(model: nn.Module, record: Attachment) -> None:
             original = record.head.get(name, record.originals.get(name))
             if original is not None:
                 tensor.copy_(original)
+    _restore_requires_grad(model, record)
+
+
+def _take_off(model: nn.Module, record: Attachment) -> None:
+    for owner, names in record.added.items():
+        module = model.get_submodule(owner)
+        for name in _attributes(module).intersection(names):  # folding has taken some away
+            delattr(module, name)
+    for module, cls in record.classes.items():
+        model.get_submodule(module).__class__ = cls
+
+
+def _restore_requires_grad(model: nn.Module, record: Attachment) -> None:
     for name, p in model.named_parameters():
         p.requires_grad_(record.requires_grad.get(name, p.requires_grad))
+
+
+def _check_sizes(model: nn.Module, originals: dict[str, Tensor]) -> None:
+    for name, original in originals.items():
+        now = model.get_parameter(name)
+        if now.shape != original.shape:
+            raise ValueError(
+                f"{name} was {tuple(original.shape)} when the method was attached and is {tuple(now.shape)} now: "
+                "give the model its former input size first"
+            )
 
 
 def _set_classes(model: nn.Module, num_classes: int) -> None:
@@ -251,6 +297,6 @@ def _set_classes(model: nn.Module, num_classes: int) -> None:
         head.to(backbone.device, backbone.dtype)
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    # A meta tensor cannot move to the CPU; there is nothing in it to keep.
-    return tensor.detach().clone() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+def _join(*names: str) -> str:
+    """A state-dict name from its parts, of which the model's own is empty."""
+    return ".".join(filter(None, names))

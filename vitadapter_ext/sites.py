@@ -12,6 +12,8 @@ from timm.models.eva import EvaBlock
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
+from .folding import Foldable, behind
+
 
 def _plain(x: Tensor, branch: Tensor, adapter: None) -> Tensor:
     return x + branch
@@ -104,20 +106,32 @@ ADAPTED_BLOCKS = {
 # An MLP with an adapter at the input of its last linear layer.
 
 
-class AdaptedMlp(Mlp):
+class Inner(Foldable):
+    """What the adapted MLPs share: without an activation the adapter folds into the layer behind it."""
+
+    added = ("adapter_inner",)
+
+    def can_fold(self) -> bool:
+        return self.adapter_inner.activation == "identity"
+
+    def folded(self) -> dict[str, Tensor]:
+        return behind(self.fc2, "fc2", self.adapter_inner.linear_map())
+
+
+class AdaptedMlp(Inner, Mlp):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.drop1(self.act(self.fc1(x))))
         return self.drop2(self.fc2(self.adapter_inner(x)))
 
 
-class AdaptedGluMlp(GluMlp):
+class AdaptedGluMlp(Inner, GluMlp):
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = self.fc1(x).chunk(2, dim=self.chunk_dim)
         x = x1 * self.act(x2) if self.gate_last else self.act(x1) * x2
         return self.drop2(self.fc2(self.adapter_inner(self.norm(self.drop1(x)))))
 
 
-class AdaptedSwiGLU(SwiGLU):
+class AdaptedSwiGLU(Inner, SwiGLU):
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.fc1_g(x)) * self.fc1_x(x)
         return self.drop2(self.fc2(self.adapter_inner(self.norm(self.drop1(x)))))

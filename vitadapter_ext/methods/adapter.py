@@ -2,7 +2,8 @@
 
 Placements are those of Houlsby et al. 2019, AdapterFusion (Pfeiffer et al., EACL 2021), AdaptFormer (Chen et al.,
 NeurIPS 2022), MiMi (Marouf et al., WACV 2024) and Adapter+ (Steitz and Roth, CVPR 2024); the defaults are Adapter+'s,
-whose recipe is "adapter-plus". Nothing merges: there is an activation inside.
+whose recipe is "adapter-plus". There is an activation inside, so nothing merges; only the linear adapter behind the
+MLP's own activation does, placement "inner" with activation "identity".
 """
 
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ class Adapter(Method):
         from ..sites import ADAPTED_BLOCKS, ADAPTED_MLPS, find_blocks, find_mlps
 
         join_attn, join_mlp, inner = PLACEMENTS[self.placement]
-        blocks, mlps = find_blocks(model), find_mlps(model) if inner else {}
+        blocks = find_blocks(model) if {join_attn, join_mlp} != {"plain"} else {}
+        mlps = find_mlps(model) if inner else {}
         for name, block in blocks.items():
             block.__class__ = ADAPTED_BLOCKS[type(block)]
             for branch, join in (("attn", join_attn), ("mlp", join_mlp)):
@@ -107,6 +109,13 @@ class Adapter(Method):
             # The kernels mix float32 with low dtypes, but not with float64.
             dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
         )
+
+    def check_mergeable(self) -> None:
+        if self.placement != "inner" or self.activation != "identity":
+            raise ValueError(
+                f"{self} cannot be merged: placement {self.placement!r} with activation {self.activation!r} is no part "
+                "of a linear layer; placement 'inner' with activation 'identity' is"
+            )
 
     def overrides(self, model: nn.Module) -> list[str]:
         from ..sites import find_blocks

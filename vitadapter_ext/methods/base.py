@@ -39,6 +39,12 @@ class Method:
         """Names of the parameters of the bare backbone that are trained too; the head's count as the head's."""
         return ()
 
+    def check_mergeable(self) -> None:
+        """Raises a `ValueError` that says why, where linear layers cannot compute what the method added.
+
+        A method that can be merged adds to `folding.Foldable` modules alone, or nothing at all.
+        """
+
     def phases(self, epochs: int) -> list[int]:
         """Epochs of each phase of a training of `epochs`; a phase has its own optimizer and schedule."""
         return [epochs]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .._text import unknown
+from ..folding import LinearMap, to_cpu
 from ..ops import adapter
 from ..ops.adapter import ACTIVATIONS
 
@@ -140,6 +141,22 @@ class FusedAdapter(nn.Module):
             dropout_out=dropout_out,
             drop_path=drop_path,
         )
+
+    @torch.no_grad()
+    def linear_map(self) -> LinearMap:
+        """What it does to x at inference when it has no activation: x + (x·downᵀ)·(scale ∘ up)ᵀ + its constant.
+
+        Raises:
+            ValueError: there is an activation.
+        """
+        if self.activation != "identity":
+            raise ValueError(f"an adapter with the activation {self.activation!r} is no linear map")
+        down, up = (to_cpu(linear.weight).double() for linear in (self.down, self.up))
+        scale = to_cpu(self.scale).double() if isinstance(self.scale, Tensor) else self.scale
+        shift = up.new_zeros(len(up))
+        if self.down.bias is not None:
+            shift = up @ to_cpu(self.down.bias).double() + to_cpu(self.up.bias).double()
+        return LinearMap(down.T, up.T * scale, shift * scale)
 
     def extra_repr(self) -> str:
         scale = f"learned {tuple(self.scale.shape)}" if isinstance(self.scale, Tensor) else self.scale
