@@ -62,6 +62,7 @@ def test_help_reads_well_at_80_columns(monkeypatch, capsys):
         lines = [line for line in flags.splitlines() if line.startswith((f"  --{flag} ", f"  --[no-]{flag} "))]
         assert len(lines) == 1 and not lines[0].rstrip().endswith(flag), name
     assert all(f"\n  {name}\n" in recipes for name in RECIPES)
+    assert "\n  --show [FILE] " in flags
 
 
 def test_no_option_of_a_method_hides_one_of_the_run():
@@ -106,6 +107,14 @@ BAD = {
     "--data None": "the data folder None does not exist",
     "--data=": "--data must be a name, not an empty word",
     "--seed -1": "--seed must be from 0",
+    "--show picture.jpg": "--show takes a .png, .svg or .pdf file, got 'picture.jpg'",
+    "--show picture": "--show takes a .png, .svg or .pdf file, got 'picture'",
+    "--show=": "--show takes a .png, .svg or .pdf file, got ''",
+    "--show nowhere/picture.png": "nowhere/picture.png: No such file or directory",
+    "--show --rank 0": "rank is 0",
+    "--show --data nowhere": "the data folder nowhere does not exist",
+    "--show --model vit_tiny_patch16_242": "did you mean 'vit_tiny_patch16_224'?",
+    "--show --model swinv2_tiny_window8_256": "SwinTransformerV2Block",
 }
 
 
@@ -366,6 +375,44 @@ def test_unreadable_images_are_left_out_and_named(command, pictures, tmp_path):
     (tmp_path / "data" / "red" / "empty.jpg").touch()
     code, _, err = command(*start[:-1], tmp_path / "second")
     assert code == 2 and "2 of 26 images" in err and "more than 5%" in err
+
+
+def test_show_draws_and_trains_nothing(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command("--show", "--rank", 4)
+    assert (code, err) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["attached.png"]
+    assert (tmp_path / "attached.png").read_bytes().startswith(b"\x89PNG")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[0].startswith("data digits: 10 classes")
+    assert "blocks.5 adapter_mlp 4 1,284 0 199,556" in lines
+    assert lines[-1] == "picture attached.png"
+    assert not any(line.startswith("epoch") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")], ids=["png", "svg", "pdf"]
+)
+def test_show_counts_classes_and_reads_no_weights(command, pictures, tmp_path, monkeypatch, suffix, start):
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda *args, **kwargs: pytest.fail("weights"))
+    path = tmp_path / f"picture.{suffix}"
+    path.write_bytes(b"what was there before")
+    out = tmp_path / "run"
+    options = ("--model", "test_vit.r160_in1k", "--pretrained", "--data", pictures, "--out", out)
+    code, stdout, err = command(*options, "--show", path, "--method", "bitfit")
+    assert (code, err) == (0, "")
+    assert path.read_bytes().startswith(start) and list(tmp_path.iterdir()) == [path]
+    head = timm.create_model("test_vit", num_classes=2).head
+    (row,) = (line.split() for line in stdout.splitlines() if line.startswith("head ") and "%" not in line)
+    assert row == ["head", "0", "0", str(sum(p.numel() for p in head.parameters()))]
+
+
+def test_show_leaves_what_it_cannot_replace(command, tmp_path):
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    code, _, err = command("--show", folder)
+    assert code == 2 and err == f"error: {folder}: Is a directory\n"
+    assert list(tmp_path.iterdir()) == [folder] and not list(folder.iterdir())
 
 
 def test_command_line_over_recipe_over_defaults():

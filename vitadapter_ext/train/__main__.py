@@ -1,5 +1,6 @@
 """Which flags does `python -m vitadapter_ext.train` take? Those of `Config` and of every method, from their fields."""
 
+import argparse
 import dataclasses
 import shutil
 import sys
@@ -10,6 +11,7 @@ from ..methods import METHODS
 from .config import Config, configure, field_hints
 from .recipes import RECIPES
 
+_PICTURE = "attached.png"
 _DESCRIPTION = """\
 Fine-tunes a Vision Transformer with few trained parameters, and says how well.
 
@@ -20,13 +22,17 @@ images; with --model any timm ViT is. Defaults stand in brackets; the recipe,
 
 
 def main(argv: list[str]) -> None:
-    """Trains as the arguments say."""
+    """Trains as the arguments say, or with --show draws what would be trained."""
     given = vars(_parser().parse_args(argv))
     del given["traceback"]
+    picture = given.pop("show", None)
     config = configure(**given)
-    from .pipeline import fit  # here, so that --help and refused flags need not wait for timm
+    from .pipeline import fit, show  # here, so that --help and refused flags need not wait for timm
 
-    fit(config)
+    if picture is None:
+        fit(config)
+    else:
+        show(config, picture)
 
 
 def _parser() -> Parser:
@@ -44,6 +50,14 @@ def _parser() -> Parser:
         if field.default is not None and not isinstance(field.default, bool) and "[" not in text:
             text += f" [{field.default}]"
         add_flag(groups[field.metadata["group"]], field.name, hints[field.name], text, field.metadata["metavar"])
+    groups["run"].add_argument(
+        "--show",
+        nargs="?",
+        const=_PICTURE,
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help=f"train nothing: a table of what each block would train, and a .png, .svg or .pdf of it [{_PICTURE}]",
+    )
     return parser
 
 

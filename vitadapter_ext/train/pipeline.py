@@ -1,10 +1,11 @@
 """What happens in a run, in order? config → data → backbone → attach → loop → files; `fit` reads from top to bottom."""
 
+import os
 import platform
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from torch import nn
 
 import vitadapter_ext
 
+from .._atomic import write_atomically
 from .._text import unknown
 from ..attachment import attach
+from ..canvas import FORMATS
 from ..files import save
 from ..parameters import summary as count_parameters
+from ..picture import draw
 from . import baselines, curves, report
 from .backbone import create
 from .config import Config
@@ -128,6 +132,27 @@ def fit(config: Config) -> Result:
     if failure:
         raise failure
     return Result(model, found, folder.path)
+
+
+def show(config: Config, path: str | os.PathLike) -> None:
+    """Prints what each block would train and draws it into `path`; trains nothing, and reads no weights of timm's.
+
+    Raises:
+        ValueError: for anything in the configuration or the data that cannot be used; for a path whose end names no
+            format.
+        OSError: for what cannot be read or written.
+    """
+    kind = Path(path).suffix[1:]
+    if kind not in FORMATS:
+        raise ValueError(f"--show takes a .png, .svg or .pdf file, got {os.fspath(path)!r}")
+    report.reading(config)
+    data = read_data(config)
+    report.splits(data)
+    model = create(replace(config, pretrained=False, weights=None)).model
+    model.reset_classifier(len(data.classes))
+    attach(model, config.method)
+    write_atomically(path, draw(model, kind))
+    report.shown(count_parameters(model), Path(path))
 
 
 def choose_device(config: Config) -> torch.device:

@@ -22,12 +22,17 @@ def reading(config: Config) -> None:
         _say("data", f"reading {config.data} ...")
 
 
-def opening(config: Config, data: Data, backbone: Backbone, data_config: dict[str, Any], device: torch.device) -> None:
-    """Data, preprocessing and backbone, before anything takes long."""
+def splits(data: Data) -> None:
+    """The data set with its splits, and what one should know of it."""
     counts = ", ".join(f"{len(getattr(data, name))} {name}" for name in ("train", "val", "test"))
     _say("data", f"{data.name}: {len(data.classes)} classes; {counts} images")
     for note in data.notes:
         _say("", note)
+
+
+def opening(config: Config, data: Data, backbone: Backbone, data_config: dict[str, Any], device: torch.device) -> None:
+    """Data, preprocessing and backbone, before anything takes long."""
+    splits(data)
     _, height, width = data_config["input_size"]
     mean, std = (" ".join(f"{number:g}" for number in data_config[key]) for key in ("mean", "std"))
     _say("images", f"{height} x {width}, {data_config['interpolation']}, mean {mean}, std {std}")
@@ -38,11 +43,16 @@ def opening(config: Config, data: Data, backbone: Backbone, data_config: dict[st
 
 def attached(parameters: Summary, folder: Path) -> None:
     """The method with what it trains, and where the results go."""
-    method, *table = str(parameters).splitlines()
-    _say("method", method)
-    for line in table:
+    _say("method", parameters.method)
+    for line in parameters.totals():
         _say("", line)
     _say("output", f"{folder}/")
+
+
+def shown(parameters: Summary, path: Path) -> None:
+    """The method block by block, and where its picture is."""
+    print(f"\n{parameters}\n")
+    _say("picture", str(path))
 
 
 class Progress:
