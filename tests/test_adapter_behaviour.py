@@ -1,6 +1,5 @@
 """What does the `adapter` op do besides the mathematics? Seeds, strides, edge cases, devices, refusals."""
 
-import importlib
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ import torch
 from tests.adapter_problems import make, run, tensors_of
 from tests.conftest import no_gpu
 from vitadapter_ext import FusedAdapter, reference
-from vitadapter_ext.ops import adapter
+from vitadapter_ext.ops import _common, adapter
 from vitadapter_ext.ops.adapter import ACTIVATIONS
 
 
@@ -108,9 +107,8 @@ def test_two_low_dtypes_do_not_mix():
 
 
 def test_a_device_without_kernels_gets_the_reference_with_one_warning(monkeypatch):
-    ops = importlib.import_module("vitadapter_ext.ops.adapter")
-    monkeypatch.setattr(ops, "has_kernels", lambda device: False)
-    ops.warn_without_kernels.cache_clear()
+    monkeypatch.setattr(_common, "has_kernels", lambda device: False)
+    _common.warn_without_kernels.cache_clear()
     arguments = make()
     with pytest.warns(UserWarning, match="plain PyTorch instead of its kernels") as caught:
         y = adapter(**arguments)
@@ -120,8 +118,7 @@ def test_a_device_without_kernels_gets_the_reference_with_one_warning(monkeypatc
 
 
 def test_without_kernels_the_op_still_compiles_checks_and_ignores_autocast(monkeypatch):
-    ops = importlib.import_module("vitadapter_ext.ops.adapter")
-    monkeypatch.setattr(ops, "has_kernels", lambda device: False)
+    monkeypatch.setattr(_common, "has_kernels", lambda device: False)
     module = FusedAdapter(24, 5, scale="channel", init="bert")
     x = torch.randn(3, 7, 24)
     torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))
@@ -137,16 +134,16 @@ def test_without_kernels_the_op_still_compiles_checks_and_ignores_autocast(monke
 
 
 def test_tf32_is_read_whichever_way_it_was_set():
-    ops = importlib.import_module("vitadapter_ext.ops.adapter")
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
     try:
         for allowed in (True, False):
             matmul.allow_tf32 = allowed
-            assert ops._allow_tf32() is allowed
+            assert _common.allow_tf32(torch.device("cuda")) is allowed
+            assert _common.allow_tf32(torch.device("cpu")) is False
         code = (
-            "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'; import importlib; "
-            "assert importlib.import_module('vitadapter_ext.ops.adapter')._allow_tf32() is True"
+            "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'; from vitadapter_ext.ops import _common; "
+            "assert _common.allow_tf32(torch.device('cuda')) is True"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
     finally:
