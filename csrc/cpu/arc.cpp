@@ -89,6 +89,28 @@ void put_together(const ArcProblem& p, const T* basis, const T* rescale, const T
   }
 }
 
+// Σ g in float32. A thread has whole columns, so that nothing is left to be added up.
+void sum_grad(const ArcBackward& p, ParallelFor parallel_for) {
+  constexpr int64_t kColumns = 128, kBlockRows = 64;
+  const int64_t strips = (p.dim + kColumns - 1) / kColumns;
+  for_ranges(parallel_for, strips, 1, [&](int64_t first, int64_t last) {
+    for (int64_t strip = first; strip < last; ++strip) {
+      const int64_t begin = strip * kColumns, columns = std::min(kColumns, p.dim - begin);
+      const float* const grad = static_cast<const float*>(p.grad.data) + begin;
+      float total[kColumns] = {};
+      for (int64_t row = 0; row < p.rows; row += kBlockRows) {
+        // The block's own sum first: short sums keep float32's rounding small over many rows.
+        float sum[kColumns] = {};
+        for (int64_t i = row; i < std::min(row + kBlockRows, p.rows); ++i) {
+          for (int64_t d = 0; d < columns; ++d) sum[d] += grad[i * p.dim + d];
+        }
+        for (int64_t d = 0; d < columns; ++d) total[d] += sum[d];
+      }
+      write(p.bias_grad, begin, columns, total);
+    }
+  });
+}
+
 template <typename T>
 void forward(Level level, const ArcForward& p, ParallelFor parallel_for) {
   const auto room = laid_out<Room<T>>(Slot::kOuterCall, p, false);
@@ -113,6 +135,12 @@ void backward(Level level, const ArcBackward& p, ParallelFor parallel_for) {
   }
   AdapterBackward adapter = as_adapter(p, make_down(p, basis, rescale, room.down), down_grad, basis_grad);
   adapter.compute = compute_of(p);
+  // The adapter sums g as it goes into products.
+  const bool sums_alone = p.bias_grad.data && p.grad.dtype == DType::kFloat32 && adapter.compute != DType::kFloat32;
+  if (sums_alone) {
+    adapter.up_bias_grad = {};
+    sum_grad(p, parallel_for);
+  }
   adapter_backward(level, adapter, parallel_for);
   if (!needs_weight_grads) return;
 
