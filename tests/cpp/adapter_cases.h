@@ -486,7 +486,8 @@ inline double epsilon(DType dtype) {
 
 inline int failures = 0;
 
-inline void compare(const char* kernel, int number, const Case& c, const Outputs& outputs, const Exact& e) {
+template <typename AnyCase, typename AnyOutputs>
+void compare(const char* kernel, int number, const AnyCase& c, const AnyOutputs& outputs, const Exact& e) {
   size_t output = 0;
   for (auto [name, buffer] : outputs.all()) {
     const std::vector<Sum>& sums = e[output++];
