@@ -3,7 +3,10 @@
 // Idea: ARC is the adapter whose down-projection is diag(rescale) · basisᵀ, whose up-projection is the basis, and which
 // has no activation. So nothing of the pipeline is here: the down-projection is written once a call, and the backward
 // pass puts together what the adapter says of its two weights. At dim 768 and rank 64 that takes 5 µs forward and 12 µs
-// backward (rank 8: 1 and 3), 1 to 2 % of the time of 1,576 tokens: two cores of an AMD EPYC (Zen 5) at level bf16.
+// backward (rank 8: 1 and 3), 1 to 2 % of the time of 1,576 tokens: two cores of an AMD EPYC (Zen 5) at level bf16. On
+// a few rows it is a large part of the time, and so it is at ranks that ARC is not made for (dim 1,280, rank 256: 70
+// and 150 µs or more on one core). A rescale in the middle of the adapter's kernels would save it, at the price of a
+// second way through each of them.
 //
 // float16 is float32 here: no kernel multiplies in it, and a small rescale would leave its range.
 #include "arc.h"
