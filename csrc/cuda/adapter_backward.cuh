@@ -86,24 +86,18 @@ struct AdapterBackwardKernel {
 
     // dropout_out is drawn once for all ranks. drop_path goes along: g is rounded after all of its factors, or none.
     VA_DEVICE void begin_chunk(int chunk, int64_t warp_first_row) {
-      if (!this->job.changes_x) return;
-      constexpr int kQuads = S::kChunk / 4;
       const int64_t first_row = warp_first_row - warp_row;
-      VA_ROLL
-      for (int i = thread; i < this->plan.tile_rows * kQuads; i += thread_count()) {
-        const int row = i / kQuads, column = i % kQuads * 4, whole_column = chunk * S::kChunk + column;
+      this->change_chunk([&](float (&quad)[4], int row, int column) {
+        const int whole_column = chunk * S::kChunk + column;
         const float sample = p.drop_path.active() ? row_factors()[row] : 1.0f;
-        float quad[4], factors[4] = {sample, sample, sample, sample};
-        load_quad<X>(quad, element<X>(this->place(this->reading), row, column));
+        float factors[4] = {sample, sample, sample, sample};
         drop_out(factors, p.dropout_out, seed, first_row + row, whole_column);
         VA_UNROLL
         for (int e = 0; e < 4; ++e) {
           if (scales_grad(p) && whole_column + e < p.dim) factors[e] *= load<float>(p.scale, whole_column + e);
           quad[e] *= factors[e];
         }
-        store_quad<Math>(element<Math>(this->changed_panel(), row, column), quad);
-      }
-      sync_threads();
+      });
     }
 
     // ---- the middle
@@ -171,12 +165,7 @@ struct AdapterBackwardKernel {
     VA_DEVICE void finish(Product& product, int chunk, unsigned char*, int64_t first_row) {
       // gx has x's dtype: g's, or a smaller one.
       if (p.x_grad.dtype == X::kDType) return this->template write<X>(product, chunk, first_row);
-      if constexpr (kSame<X, Float32> && !kSame<Math, Float16> && !kSame<Math, Tf32>) {
-        if (p.x_grad.dtype == DType::kBFloat16) return this->template write<BFloat16>(product, chunk, first_row);
-      }
-      if constexpr (kSame<X, Float32> && !kSame<Math, BFloat16> && !kSame<Math, Tf32>) {
-        this->template write<Float16>(product, chunk, first_row);
-      }
+      if constexpr (kSame<X, Float32>) this->write_narrow(product, chunk, first_row);
     }
   };
 };

@@ -118,11 +118,8 @@ struct AdapterForwardKernel {
     VA_DEVICE void finish(Product& product, int chunk, unsigned char* chunk_weights, int64_t first_row) {
       scale_and_drop(product, chunk, reinterpret_cast<const float*>(chunk_weights + S::kWeightBytes), first_row);
       // y has the smallest dtype that holds both x and the residual.
-      if (p.y.dtype == X::kDType) {
-        this->template write<X>(product, chunk, first_row);
-      } else {
-        this->template write<Float32>(product, chunk, first_row);
-      }
+      if (p.y.dtype == DType::kFloat32) return this->template write<Float32>(product, chunk, first_row);
+      if constexpr (X::kBytes == 2 || Form::kWidensX) this->write_narrow(product, chunk, first_row);
     }
 
     VA_DEVICE void scale_and_drop(Product& product, int chunk, const float* columns, int64_t first_row) const {

@@ -80,7 +80,7 @@ SandwichPlan choose_plan(const Sandwich& job, const Device& device, const Adapte
 // A training loop comes with the same few shapes again and again, and to ask the driver takes longer than to launch.
 template <typename Kernel>
 SandwichPlan remembered_plan(const Sandwich& job, const Device& device, const AdapterRequest& request) {
-  using Question = std::array<int64_t, 17>;
+  using Question = std::array<int64_t, 18>;
   thread_local std::map<Question, SandwichPlan> answers;
   const Question question{device.index,
                           device.multiprocessors,
@@ -90,6 +90,7 @@ SandwichPlan remembered_plan(const Sandwich& job, const Device& device, const Ad
                           job.rank,
                           request.tile_rows,
                           request.keep,
+                          int64_t(job.x.dtype),
                           int64_t(job.first.dtype),
                           int64_t(job.second.dtype),
                           int64_t(job.base.dtype),
@@ -120,6 +121,7 @@ inline Alignment alignment_of(const Operand& weight, int64_t row) {
 template <typename Kernel>
 bool prepare(Sandwich& job, const AdapterRequest& request) {
   using Form = typename Kernel::Form;
+  if (Form::kWidensX && job.x.dtype != DType::kFloat32) job.changes_x = true;
   job.plan = remembered_plan<Kernel>(job, device(), request);
   job.x_aligned = rows_at(job.x, job.dim, 16);
   job.base_aligned = rows_at(job.base, job.dim, 16);

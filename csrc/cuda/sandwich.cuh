@@ -69,16 +69,17 @@ struct Sandwich {
   Operand first, second;   // (dim, rank) or (rank, dim), as a Form says
   Operand base;            // (rows, dim), may be x; null: 0
   Result y;                // (rows, dim); null: not asked for
-  bool changes_x = false;  // whether begin_chunk() leaves x as it is multiplied in `changed`
+  bool changes_x = false;  // whether begin_chunk() leaves x as it is multiplied in changed_panel()
   SandwichPlan plan;
   bool x_aligned = false, base_aligned = false;  // rows begin at multiples of 16 bytes
   bool y_aligned = false;                        // and of four elements
   Alignment first_alignment = Alignment::kElement, second_alignment = Alignment::kElement;
 };
 
-// What every kernel of a kind has in common at compile time. X: how x is stored: Math, or Float32, or, where Math is
-// Float32, anything. By dim: a weight is (dim, rank) in memory, else (rank, dim). In quads: see LeftPanel. Scales: the
-// first weight's rows may have a scale. Changes: x may be changed before it is multiplied.
+// What every kernel of a kind has in common at compile time. X: how x is stored: Math, or Float32. Where Math is
+// Float32, x may have 2 bytes, too: it is widened before it is multiplied. By dim: a weight is (dim, rank) in memory,
+// else (rank, dim). In quads: see LeftPanel. Scales: the first weight's rows may have a scale. Changes: x may be
+// changed before it is multiplied.
 template <typename TheMath, typename TheX, int kTheRanks, bool kTheFirstByDim, bool kTheSecondByDim, bool kInQuads,
           bool kScales, bool kChanges>
 struct SandwichForm {
@@ -87,7 +88,8 @@ struct SandwichForm {
   static constexpr int kRanks = kTheRanks;
   static constexpr bool kFirstByDim = kTheFirstByDim, kSecondByDim = kTheSecondByDim;
   static constexpr bool kFirstInQuads = Math::kBytes == 2 && kInQuads;
-  static constexpr bool kScalesFirst = kScales, kChangesFirst = kChanges;
+  static constexpr bool kWidensX = kSame<Math, Float32>;
+  static constexpr bool kScalesFirst = kScales, kChangesFirst = kChanges || kWidensX;
 };
 
 // One thread at work. Each kernel derives its own from this, with
@@ -152,7 +154,11 @@ struct SandwichWorker {
     if (load_tile >= plan.tiles) return;
     const int chunks = plan.chunks;
     if (load_index < chunks) {
-      copy_chunk<X::kBytes>(job.x.data, job.x_aligned, load_index == 0);
+      if (Form::kWidensX && job.x.dtype != DType::kFloat32) {
+        copy_chunk<2>(job.x.data, job.x_aligned, load_index == 0);
+      } else {
+        copy_chunk<X::kBytes>(job.x.data, job.x_aligned, load_index == 0);
+      }
     } else if (job.base.dtype == DType::kFloat32) {
       copy_chunk<4>(job.base.data, job.base_aligned, load_index == chunks);
     } else {
@@ -230,7 +236,9 @@ struct SandwichWorker {
 
   // Before the first pass of a tile, and before the first product with each of its chunks.
   VA_DEVICE void begin_tile(int64_t) {}
-  VA_DEVICE void begin_chunk(int, int64_t) {}
+  VA_DEVICE void begin_chunk(int, int64_t) {
+    if constexpr (Form::kWidensX) change_chunk([](float (&)[4], int, int) {});
+  }
   // What a kernel keeps of each column of y beside the weights of its chunk, fetched and stored as those are.
   VA_DEVICE void fetch_columns(int) {}
   VA_DEVICE void store_columns(unsigned char*) const {}
@@ -317,7 +325,11 @@ struct SandwichWorker {
           VA_UNROLL
           for (int each = 0; each < S::kBlocks; ++each) {
             if (S::kBlocks > 1 && each != block) continue;
-            if (Form::kChangesFirst && job.changes_x) {
+            if constexpr (Form::kChangesFirst && kSame<X, Math>) {
+              const Panel<128> panel = job.changes_x ? changed_panel() : place(reading);
+              multiply<Math, S::kChunk>(hidden[each], LeftPanel<Math, Form::kFirstInQuads, 128>{panel, warp_row},
+                                        right);
+            } else if (Form::kChangesFirst && job.changes_x) {
               const LeftPanel<Math, Form::kFirstInQuads, 128> left{changed_panel(), warp_row};
               multiply<Math, S::kChunk>(hidden[each], left, right);
             } else {
@@ -360,6 +372,24 @@ struct SandwichWorker {
 
   VA_DEVICE Panel<128> changed_panel() const { return {changed, plan.tile_rows}; }
 
+  // Leaves a chunk of x in changed_panel(), each quad after change(quad, row of the tile, column of the chunk), if it
+  // is multiplied from there.
+  template <typename Change>
+  VA_DEVICE void change_chunk(const Change& change) {
+    if (!job.changes_x) return;
+    constexpr int kQuads = S::kChunk / 4;
+    VA_ROLL
+    for (int i = thread; i < plan.tile_rows * kQuads; i += thread_count()) {
+      const int row = i / kQuads, column = i % kQuads * 4;
+      float quad[4];
+      Form::kWidensX ? load_any(quad, job.x.dtype, place(reading), row, column)
+                     : load_quad<X>(quad, element<X>(place(reading), row, column));
+      change(quad, row, column);
+      store_quad<Math>(element<Math>(changed_panel(), row, column), quad);
+    }
+    sync_threads();
+  }
+
   // Calls body(m, tile, half, column, rank) for the quads of a block of ranks that a lane has: `tile` is the first of
   // two that make a quad; row 16 · m + 8 · half + g of the warp; `column` in the block.
   template <typename Body>
@@ -378,7 +408,18 @@ struct SandwichWorker {
   // The first of the four columns of a chunk that a lane has of two tiles side by side.
   VA_DEVICE int quad_column(int tile) const { return (column_warp * S::kColumnTiles + tile) * 8 + 4 * t; }
 
-  // Writes base + product. Without edges, without their tests.
+  // Writes base + product as y's dtype says if it is not float32: Math's own, or either of 2 bytes where that is
+  // Float32.
+  VA_DEVICE void write_narrow(const Product& product, int chunk, int64_t first_row) const {
+    if constexpr (Math::kBytes == 2) {
+      write<Math>(product, chunk, first_row);
+    } else if constexpr (kSame<Math, Float32>) {
+      job.y.dtype == DType::kBFloat16 ? write<BFloat16>(product, chunk, first_row)
+                                      : write<Float16>(product, chunk, first_row);
+    }
+  }
+
+  // The same as Y. Without edges, without their tests.
   template <typename Y>
   VA_DEVICE void write(const Product& product, int chunk, int64_t first_row) const {
     const bool whole = job.y_aligned && (chunk + 1) * S::kChunk <= job.dim && first_row + 16 * S::kRowTiles <= job.rows;
@@ -419,8 +460,15 @@ struct SandwichWorker {
   // y's dtype holds the base's.
   template <typename Y>
   VA_DEVICE void load_base(float (&to)[4], const Panel<128>& from, int row, int column) const {
-    if (Y::kBytes == 2 || job.base.dtype == Y::kDType) return load_quad<Y>(to, element<Y>(from, row, column));
-    if (job.base.dtype == DType::kBFloat16) return load_quad<BFloat16>(to, element<BFloat16>(from, row, column));
+    if constexpr (Y::kBytes == 2) {
+      load_quad<Y>(to, element<Y>(from, row, column));
+    } else {
+      load_any(to, job.base.dtype, from, row, column);
+    }
+  }
+  VA_DEVICE static void load_any(float (&to)[4], DType dtype, const Panel<128>& from, int row, int column) {
+    if (dtype == DType::kFloat32) return load_quad<Float32>(to, element<Float32>(from, row, column));
+    if (dtype == DType::kBFloat16) return load_quad<BFloat16>(to, element<BFloat16>(from, row, column));
     load_quad<Float16>(to, element<Float16>(from, row, column));
   }
 
