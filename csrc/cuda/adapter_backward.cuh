@@ -21,7 +21,8 @@ namespace vitadapter::cuda {
 // their product may be too small for any number, of g, which has the size that a loss scale gives it. A scale of all
 // channels waits for the middle. g comes in quads, as dropout_out is drawn for four columns at a time.
 template <typename Math, typename X, int kRanks>
-using AdapterBackwardForm = SandwichForm<Math, X, kRanks, true, false, true, !kSame<Math, Float16>, true>;
+using AdapterBackwardForm =
+    SandwichForm<Math, X, kRanks, Layout::kByDim, Layout::kByRank, true, !kSame<Math, Float16>, true>;
 
 // X: how g is stored.
 template <typename Math, typename X, int kRanks>
@@ -105,7 +106,7 @@ struct AdapterBackwardKernel {
     // gh = scale ∘ drop_path ∘ that ∘ dropout ∘ act'(hidden), into shared memory; gh and z to where they are asked for.
     VA_DEVICE void middle(Hidden& grads, int block, int64_t first_row) {
       float hidden[S::kRowTiles][S::kRankTiles][4];
-      load_hidden(hidden, block, first_row);
+      load_all_hidden(hidden, block, first_row);
       const float scale = p.scale_is_channel ? 1.0f : p.scale.data ? load<float>(p.scale, 0) : k.scale_value;
       const bool has_factors = p.drop_path.active() && this->job.x.data && !this->job.changes_x;
       const auto at = [](Hidden& values, int i) -> float& {
@@ -130,34 +131,20 @@ struct AdapterBackwardKernel {
         }
         store_quad<Math>(element<Math>(to, warp_row + tile_row, column), grad);
         if (row >= p.rows || rank >= k.padded_rank) return;
-        keep(k.hidden_grad, row, rank, grad);
-        keep(k.z, row, rank, z);
+        this->keep(k.hidden_grad, k.padded_rank, row, rank, grad);
+        this->keep(k.z, k.padded_rank, row, rank, z);
       });
     }
 
     // What is not there is 0.
-    VA_DEVICE void load_hidden(Hidden& to, int block, int64_t first_row) const {
+    VA_DEVICE void load_all_hidden(Hidden& to, int block, int64_t first_row) const {
       this->for_each_quad(block, [&](int m, int tile, int half, int, int rank) {
         const int64_t row = first_row + 16 * m + 8 * half + g;
-        const int inside = row < p.rows ? int(p.rank) - rank : 0;
-        const float* const from = static_cast<const float*>(p.hidden) + row * p.rank + rank;
-        float quad[4] = {};
-        if (k.hidden_aligned) {
-          if (inside > 0) load_quad<Float32>(quad, from);
-        } else {
-          VA_UNROLL
-          for (int i = 0; i < 4; ++i) quad[i] = i < inside ? from[i] : 0.0f;
-        }
+        float quad[4];
+        this->load_hidden(quad, p.hidden, k.hidden_aligned, row, rank);
         VA_UNROLL
         for (int i = 0; i < 4; ++i) to[m][tile + i / 2][2 * half + i % 2] = quad[i];
       });
-    }
-
-    // For the reduction, which sums biases in float32 where it may: TF32 is rounded later.
-    VA_DEVICE void keep(void* matrix, int64_t row, int rank, const float (&quad)[4]) const {
-      using Kept = std::conditional_t<kSame<Math, Tf32>, Float32, Math>;
-      if (!matrix) return;
-      store_quad<Kept>(static_cast<char*>(matrix) + (row * k.padded_rank + rank) * Kept::kBytes, quad);
     }
 
     // ---- the end: gx = gh · down, and g where x is the residual

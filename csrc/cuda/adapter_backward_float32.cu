@@ -3,7 +3,7 @@
 
 namespace vitadapter::cuda {
 
-int64_t adapter_backward_float32(const AdapterBackward& p, const AdapterRequest& request,
+int64_t adapter_backward_float32(const AdapterOrArcBackward& p, const AdapterRequest& request,
                                  const AdapterBackwardRun* run) {
   return launch_adapter_backward<Float32, Float32>(p, request, run);
 }

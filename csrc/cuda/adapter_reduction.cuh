@@ -1,4 +1,5 @@
-// How do the adapter's weights get their gradients? In two kernels behind the one that finds gx; the mathematics is in
+// How do the weights of an adapter, or of ARC, get their gradients? In two kernels behind the one that finds gx; the
+// mathematics is in
 // ../common/adapter.h.
 //
 // The idea. G = g'ᵀ · z and g_down = ghᵀ · x are two products over all rows (reduction.cuh): stage one sums slices of
@@ -75,37 +76,42 @@ struct AdapterReductionOperands {
 };
 
 // By the shape alone, the places also by what is asked for. The workspace holds of each slice what its rows add to G,
-// Σg', g_down and Σgh; then each block's part of a scalar scale's gradient; then the number of blocks that have ended.
+// Σg', g_down and Σgh; then each block's part of the gradient of a scalar scale, or of ARC's rescale; then the number
+// of blocks that have ended.
 struct AdapterReductionPlan {
   bool served = true;  // false: not in as many slices as are asked for, or not on this device
   int slices = 0;
   int64_t slice_rows = 0;
   int up_tiles = 0, down_tiles = 0;  // of columns, in a slice; 0: nothing is asked for
-  int64_t up_sums = 0, down_product = 0, down_sums = 0, scale_parts = 0, ended = 0;  // where they begin, in bytes
-  int64_t bytes = 0;                                                                 // 0: there is nothing to do
+  int64_t up_sums = 0, down_product = 0, down_sums = 0, parts = 0, ended = 0;  // where they begin, in bytes
+  int64_t bytes = 0;                                                           // 0: there is nothing to do
 };
 
+// Floats that ARC's stage two leaves behind for its last block.
+int64_t arc_reduction_end_parts(int64_t dim, int64_t rank);
+
 template <typename Math>
-AdapterReductionPlan plan_adapter_reduction(const AdapterBackward& p, int asked_slices) {
-  const bool up_sums = p.needs_grad_sum(), down_product = p.down_grad.data, down_sums = p.down_bias_grad.data;
+AdapterReductionPlan plan_adapter_reduction(const AdapterOrArcBackward& p, int asked_slices) {
+  const bool up_sums = p.needs_grad_sum(), down_product = p.needs_down_product(), down_sums = p.down_bias_grad.data;
   AdapterReductionPlan plan;
   if (!p.needs_up_product() && !up_sums && !down_product && !down_sums) return plan;
   // Of one slice, in bytes.
   const auto bytes_of = [](bool needs, int64_t count) { return needs ? count * int64_t(sizeof(float)) : 0; };
   const int64_t up_product_bytes = bytes_of(p.needs_up_product(), ReductionProduct::size<Math>(p.rank, p.dim, false));
   const int64_t up_sums_bytes = bytes_of(up_sums, p.dim);
-  const int64_t down_product_bytes = bytes_of(down_product, ReductionProduct::size<Math>(p.rank, p.dim, true));
+  const bool by_rank = !p.is_arc();
+  const int64_t down_product_bytes = bytes_of(down_product, ReductionProduct::size<Math>(p.rank, p.dim, by_rank));
   const int64_t down_sums_bytes = bytes_of(down_sums, p.rank);
   // Of all, so that a gradient has the same bits whatever else is asked for.
   const int64_t slice_bytes = bytes_of(true, ReductionProduct::size<Math>(p.rank, p.dim, false) + p.dim +
-                                                 ReductionProduct::size<Math>(p.rank, p.dim, true) + p.rank);
-  // No more than one of each channel.
-  const int64_t scale_bytes = bytes_of(true, p.dim);
+                                                 ReductionProduct::size<Math>(p.rank, p.dim, by_rank) + p.rank);
+  // A scalar scale has no more than one of each channel.
+  const int64_t part_bytes = bytes_of(true, p.is_arc() ? arc_reduction_end_parts(p.dim, p.rank) : p.dim);
   // 16 MB beside what the kernel before leaves behind, of which the padding is counted here; and a little for the
   // places between.
   const int64_t padding = p.rows * (padded_rank<Math>(p.rank) - p.rank) * int64_t(sizeof(float));
   // Where there are so many rows that the padding alone is more, 4 MB on top of it.
-  const int64_t most = std::max<int64_t>((16 << 20) - padding, 4 << 20) - 256 - scale_bytes;
+  const int64_t most = std::max<int64_t>((16 << 20) - padding, 4 << 20) - 256 - part_bytes;
   for_rank(p.rank, [&](auto ranks) {
     constexpr int kColumns = ReductionShape<Math, ranks>::kColumns;
     const int tiles = int((p.dim + kColumns - 1) / kColumns);
@@ -126,19 +132,21 @@ AdapterReductionPlan plan_adapter_reduction(const AdapterBackward& p, int asked_
   plan.up_sums = place(plan.slices * up_sums_bytes);
   plan.down_product = place(plan.slices * down_product_bytes);
   plan.down_sums = place(plan.slices * down_sums_bytes);
-  plan.scale_parts = place(scale_bytes);
+  plan.parts = place(part_bytes);
   plan.ended = place(sizeof(int));
   return plan;
 }
 
-// Stage two (adapter_reduction_end.cu), which every arithmetic shares. padded_rank: of the slices' sums.
-void launch_adapter_reduction_end(const AdapterBackward& p, const AdapterReductionPlan& plan, int padded_rank,
+// Stage two (adapter_reduction_end.cu, arc_reduction_end.cu), which every arithmetic shares. padded_rank: of the
+// slices' sums, which ARC has both as (dim, padded_rank).
+void launch_adapter_reduction_end(const AdapterOrArcBackward& p, const AdapterReductionPlan& plan, int padded_rank,
                                   void* workspace, Stream stream);
-
+void launch_arc_reduction_end(const AdapterOrArcBackward& p, const AdapterReductionPlan& plan, int padded_rank,
+                              void* workspace, Stream stream);
 // hidden_grad, z: (rows, padded_rank()) as Math's dtype is, zeros beyond the rank, at multiples of 16 bytes; null where
 // they are not needed, and z where Math has 4 bytes. workspace: plan.bytes, at a multiple of 16 bytes.
 template <typename Math>
-void launch_adapter_reduction(const AdapterBackward& p, const AdapterReductionPlan& plan, const void* hidden_grad,
+void launch_adapter_reduction(const AdapterOrArcBackward& p, const AdapterReductionPlan& plan, const void* hidden_grad,
                               const void* z, void* workspace, Stream stream) {
   if (!plan.bytes) return;
   const auto at = [&](int64_t bytes) { return reinterpret_cast<float*>(static_cast<char*>(workspace) + bytes); };
@@ -161,7 +169,8 @@ void launch_adapter_reduction(const AdapterBackward& p, const AdapterReductionPl
   if (plan.down_tiles) {
     products[1] = {
         side({hidden_grad, Math::kDType}, padded, rank, p.down_bias_grad.data ? at(plan.down_sums) : nullptr),
-        side(p.x, dim, dim, nullptr), plan.down_tiles, p.down_grad.data ? at(plan.down_product) : nullptr, true};
+        side(p.x, dim, dim, nullptr), plan.down_tiles, p.needs_down_product() ? at(plan.down_product) : nullptr,
+        !p.is_arc()};
   }
   const AdapterReductionOperands<Math> operands{p.activation, p.dropout,         p.dropout_out,
                                                 p.drop_path,  p.rows_per_sample, 1.0 / double(p.rows_per_sample)};
@@ -178,6 +187,7 @@ void launch_adapter_reduction(const AdapterBackward& p, const AdapterReductionPl
   } else {
     start(std::false_type());
   }
+  if (p.is_arc()) return launch_arc_reduction_end(p, plan, padded, workspace, stream);
   launch_adapter_reduction_end(p, plan, padded, workspace, stream);
 }
 

@@ -102,7 +102,7 @@ struct AdapterReductionEnd {
   }
 };
 
-void launch_adapter_reduction_end(const AdapterBackward& p, const AdapterReductionPlan& plan, int padded_rank,
+void launch_adapter_reduction_end(const AdapterOrArcBackward& p, const AdapterReductionPlan& plan, int padded_rank,
                                   void* workspace, Stream stream) {
   const auto at = [&](int64_t bytes) { return reinterpret_cast<float*>(static_cast<char*>(workspace) + bytes); };
   AdapterReductionEnd end{p, {plan.slices}, padded_rank};
@@ -110,7 +110,7 @@ void launch_adapter_reduction_end(const AdapterBackward& p, const AdapterReducti
   end.up_sums = at(plan.up_sums);
   end.down_product = at(plan.down_product);
   end.down_sums = at(plan.down_sums);
-  end.scale_parts = at(plan.scale_parts);
+  end.scale_parts = at(plan.parts);
   end.ended = reinterpret_cast<int*>(at(plan.ended));
   const auto whole_warps = [](int64_t threads) { return (threads + 31) / 32 * 32; };
   while (p.needs_up_product() && end.group < 32 && 4 * end.group < p.rank) end.group *= 2;

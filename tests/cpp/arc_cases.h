@@ -94,8 +94,10 @@ struct ArcOutputs {
 };
 
 // What the definition in csrc/common/arc.h says, output by output in the order of ArcOutputs::all(). A kernel may round
-// the basis before it meets rescale or after that, and, with `rounds_middle`, z and gh.
-VA_UNSANITIZED inline Exact exact(const ArcCase& c, Precision precision, bool rounds_middle) {
+// the basis before it meets rescale or after that, and, with `rounds_middle`, z and gh; with `rounds_rescaled`, gh once
+// more when it has met rescale.
+VA_UNSANITIZED inline Exact exact(const ArcCase& c, Precision precision, bool rounds_middle,
+                                  bool rounds_rescaled = false) {
   const ArcForward& p = c.forward;
   const int64_t rows = p.rows, dim = p.dim, rank = p.rank;
   enum { kHidden, kY, kX, kBasis, kRescale, kBias };
@@ -123,7 +125,7 @@ VA_UNSANITIZED inline Exact exact(const ArcCase& c, Precision precision, bool ro
     }
     return sum;
   };
-  std::vector<Sum> z(rank), gh(rank), product(rank * dim);  // product: G
+  std::vector<Sum> z(rank), gh(rank), rescaled(rank), product(rank * dim);  // product: G
   for (int64_t n = 0; n < rows; ++n) {
     const double *const x_n = x.data() + n * dim, *const g_n = grad.data() + n * dim;
     for (int64_t j = 0; j < rank; ++j) {
@@ -140,6 +142,9 @@ VA_UNSANITIZED inline Exact exact(const ArcCase& c, Precision precision, bool ro
       gh[j].add_times(mask, 0, gz);
       z[j] = rounded_middle(z[j]);
       gh[j] = rounded_middle(gh[j]);
+      rescaled[j] = {};
+      rescaled[j].add_times(c.rescale.at(j), 0, gh[j]);
+      rescaled[j] = rounded_middle(rescaled[j]);
     }
     for (int64_t d = 0; d < dim; ++d) {
       Sum &y = e[kY][n * dim + d], &gx = e[kX][n * dim + d];
@@ -151,7 +156,7 @@ VA_UNSANITIZED inline Exact exact(const ArcCase& c, Precision precision, bool ro
       for (int64_t j = 0; j < rank; ++j) {
         const int64_t i = d * rank + j;
         y.add_times(basis[i], 0, z[j]);
-        gx.add_times(scaled[i], scaled_doubt[i], gh[j]);
+        rounds_rescaled ? gx.add_times(basis[i], 0, rescaled[j]) : gx.add_times(scaled[i], scaled_doubt[i], gh[j]);
         e[kBasis][i].add_times(g_n[d], 0, z[j]);
         product[i].add_times(x_n[d], 0, gh[j]);
       }
