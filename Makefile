@@ -48,9 +48,11 @@ resources: cpp-build
 	build/cmake/cuda_test launches > build/cmake/launches.json
 	$(BIN)/python -m benchmarks.resources --launches build/cmake/launches.json $(ARGS)
 
-# Times the ops beside plain PyTorch and torch.compile, into benchmarks/results. A part: make bench ARGS="--cells --quick"
+# Times an op (adapter, arc) beside plain PyTorch and torch.compile, into benchmarks/results. A part of the other one:
+# make bench OP=arc ARGS="--cells --quick"
+OP ?= adapter
 bench: $(VENV)/tools
-	$(BIN)/python -m benchmarks.bench_adapter $(ARGS)
+	$(BIN)/python -m benchmarks.bench_$(OP) $(ARGS)
 
 # Draws benchmarks/results/digits.png: accuracy and trained parameters of the default run and its baselines.
 figure: $(VENV)/package

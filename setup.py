@@ -119,6 +119,10 @@ def write_build_config(torch_version: str, compiler: list[str], cuda: dict[str, 
     return header.parent
 
 
+def sources(pattern: str) -> list[str]:
+    return sorted(glob(pattern, root_dir=HERE))
+
+
 def extensions() -> dict:
     try:
         import pybind11
@@ -142,11 +146,12 @@ def extensions() -> dict:
 
     # The stable ABI of torch 2.11: what is built on any newer torch runs on all of them.
     macros = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
+    cuda_bindings = sources("csrc/bind/*_cuda.cpp")
     cxx = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
     modules = [
         cpp_extension.CppExtension(
             "vitadapter_ext._C",
-            ["csrc/bind/build_info.cpp", "csrc/bind/adapter.cpp", *sorted(glob("csrc/cpu/*.cpp", root_dir=HERE))],
+            sorted({*sources("csrc/bind/*.cpp"), *sources("csrc/cpu/*.cpp")} - set(cuda_bindings)),
             include_dirs=[str(config), pybind11.get_include()],
             define_macros=macros,
             extra_compile_args={"cxx": cxx},
@@ -159,7 +164,7 @@ def extensions() -> dict:
         modules.append(
             cpp_extension.CUDAExtension(
                 "vitadapter_ext._cuda",
-                ["csrc/bind/adapter_cuda.cpp", *sorted(glob("csrc/cuda/*.cu", root_dir=HERE))],
+                [*cuda_bindings, *sources("csrc/cuda/*.cu")],
                 # USE_CUDA opens the CUDA part of torch's stable headers.
                 define_macros=[*macros, ("USE_CUDA", None)],
                 extra_compile_args={"cxx": cxx, "nvcc": nvcc},

@@ -16,21 +16,20 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_plans
-from benchmarks.gpu_problem import MIXES, Function, Problem, eager, ours
+from benchmarks.gpu_problem import MIXES, Function, Problem
 from benchmarks.gpu_timing import After, Work, gpu_times, host_times, kernels, peak_bytes, waits_for_gpu
-from vitadapter_ext import FusedAdapter
+from vitadapter_ext import ARCBasis, FusedAdapter, FusedARC
 
 RANKS = (8, 64, 128, 256)
 LARGE = 131_072  # tokens: 201 MB at dim 768 in bfloat16
 BATCH = 12_608  # tokens: 64 images for ViT-B/16
 
 Measure = Callable[[Problem], dict[str, Any]]
-EAGER_AND_OURS = {"ours": ours, "eager": eager}
 PASSES = ("forward", "backward", "both")
 
 
 def bandwidth(problem: Problem) -> dict[str, Any]:
-    works = problem.passes(ours)
+    works = problem.passes(problem.functions["ours"])
     facts = problem.check()
     times = gpu_times({f"{part} ours": works[part] for part in PASSES[:2]} | {"copy": problem.copy()}, rounds=25)
     elements = problem.tokens * problem.dim
@@ -45,13 +44,13 @@ def bandwidth(problem: Problem) -> dict[str, Any]:
 
 
 def ratios(problem: Problem) -> dict[str, Any]:
-    functions = EAGER_AND_OURS | {"compile": torch.compile(eager, dynamic=False)}
+    functions = problem.functions | {"compile": torch.compile(problem.functions["eager"], dynamic=False)}
     return problem.check() | {"ms": problem.times(functions, PASSES)}
 
 
 def autotune(problem: Problem) -> dict[str, Any]:
-    tuned = torch.compile(eager, mode="max-autotune-no-cudagraphs", dynamic=False)
-    return {"ms": problem.times({"ours": ours, "max-autotune": tuned}, PASSES[:1])}
+    tuned = torch.compile(problem.functions["eager"], mode="max-autotune-no-cudagraphs", dynamic=False)
+    return {"ms": problem.times({"ours": problem.functions["ours"], "max-autotune": tuned}, PASSES[:1])}
 
 
 def grid(problem: Problem) -> dict[str, Any]:
@@ -59,9 +58,9 @@ def grid(problem: Problem) -> dict[str, Any]:
         return times[f"{part} eager"]["median"] < 1.05 * times[f"{part} ours"]["median"]
 
     facts, parts = problem.check(), PASSES[:2]
-    times = problem.times(EAGER_AND_OURS, parts, rounds=7, warm_up=0.0)
+    times = problem.times(problem.functions, parts, rounds=7, warm_up=0.0)
     if by_chance := tuple(part for part in parts if slower(times, part)):
-        times |= problem.times(EAGER_AND_OURS, by_chance, rounds=30)
+        times |= problem.times(problem.functions, by_chance, rounds=30)
     return facts | {"ms": times}
 
 
@@ -72,7 +71,7 @@ def _calls(problem: Problem, function: Function) -> dict[str, Work]:
 
 def host(problem: Problem) -> dict[str, Any]:
     works = {}
-    for name, function in EAGER_AND_OURS.items():
+    for name, function in problem.functions.items():
 
         def forward(function: Function = function) -> Tensor:
             return function(*problem.inputs.values())
@@ -85,14 +84,18 @@ def host(problem: Problem) -> dict[str, Any]:
 
 def module_step(problem: Problem) -> Work:
     """Forward and backward of the module, with the gradients of x and of all its parameters."""
-    module = FusedAdapter(
-        problem.dim, problem.rank, device=problem.grad.device, dtype=problem.mix.parameters, init="bert"
-    )
+    to = {"device": problem.grad.device, "dtype": problem.mix.parameters}
+    if problem.mix.arc:
+        module = FusedARC(ARCBasis(problem.dim, problem.rank, **to), **to)
+        inputs = (problem.inputs["x"],)
+    else:
+        module = FusedAdapter(problem.dim, problem.rank, init="bert", **to)
+        inputs = (problem.inputs["x"], problem.inputs["residual"])
     wanted = [problem.inputs["x"], *module.parameters()]
 
     def step() -> tuple[Tensor, ...]:
         with problem.autocast():
-            y = module(problem.inputs["x"], problem.inputs["residual"])
+            y = module(*inputs)
         return torch.autograd.grad(y, wanted, problem.grad)
 
     return step
@@ -117,11 +120,11 @@ def memory(problem: Problem, function: Function) -> dict[str, int]:
 
 def launches(problem: Problem) -> dict[str, Any]:
     """Not beside `host`: a process that has profiled launches more slowly from then on."""
-    row = {"waits": {part: waits_for_gpu(work) for part, work in _calls(problem, ours).items()}}
-    row["bytes"] = {name: memory(problem, function) for name, function in EAGER_AND_OURS.items()}
+    row = {"waits": {part: waits_for_gpu(work) for part, work in _calls(problem, problem.functions["ours"]).items()}}
+    row["bytes"] = {name: memory(problem, function) for name, function in problem.functions.items()}
     names = {
         name: {part: kernels(work) for part, work in _calls(problem, function).items()}
-        for name, function in EAGER_AND_OURS.items()
+        for name, function in problem.functions.items()
     }
     row["kernels"] = {name: {part: len(of_part) for part, of_part in parts.items()} for name, parts in names.items()}
     row["kernel_names"] = names["ours"]
@@ -135,7 +138,7 @@ def _forward_plans(problem: Problem, expected: dict[str, Tensor]) -> dict[str, W
     for plan in (gpu_plans.AUTOMATIC, gpu_plans.SIMPLE, *gpu_plans.FAST):
 
         def work(plan: gpu_plans.Plan = plan) -> Tensor | None:
-            return gpu_plans.result_under(plan, lambda: problem.forward(ours))
+            return gpu_plans.result_under(plan, lambda: problem.forward(problem.functions["ours"]))
 
         y = work()
         if y is not None:
@@ -152,7 +155,7 @@ def _backward_plans(problem: Problem, expected: dict[str, Tensor]) -> dict[str, 
         def then(y: Tensor, plan: gpu_plans.Plan = plan) -> tuple[Tensor, ...] | None:
             return gpu_plans.result_under(plan, lambda: problem.backward(y))
 
-        work = After(lambda: problem.forward(ours), then)
+        work = After(lambda: problem.forward(problem.functions["ours"]), then)
         gradients = work()
         if gradients is not None:
             problem.compare(problem.named(gradients), expected)
@@ -161,7 +164,7 @@ def _backward_plans(problem: Problem, expected: dict[str, Tensor]) -> dict[str, 
 
 
 def sweep(problem: Problem) -> dict[str, Any]:
-    expected = problem.results(eager)
+    expected = problem.results(problem.functions["eager"])
     works = _forward_plans(problem, expected) | _backward_plans(problem, expected)
     unfit = [name for name, work in works.items() if work is None]
     return {"ms": gpu_times({name: work for name, work in works.items() if work}, rounds=7), "unfit": unfit}
@@ -176,13 +179,16 @@ def _grid_sizes() -> Iterator[tuple]:
         yield from ((mix, dims[(i + j) % len(dims)], rank, n) for j, mix in enumerate(mixes[1:]))
 
 
-RATIO_MIXES, SWEPT = list(MIXES)[:4], ("bfloat16", "float32 in bfloat16", "float32 in TF32", "float32")
+RATIO_MIXES, ARC_MIXES = list(MIXES)[:4], [name for name, mix in MIXES.items() if mix.arc]
+SWEPT = ("bfloat16", "float32 in bfloat16", "float32 in TF32", "float32")
 # Phase: what is done, and with which (mix, dim, rank, tokens), the most important first.
 PHASES: dict[str, tuple[Measure, list[tuple]]] = {
     "bandwidth": (bandwidth, [(mix, 768, rank, LARGE) for mix in list(MIXES)[:2] for rank in RANKS]),
-    "ratios": (ratios, [(mix, 768, rank, n) for n in (LARGE, BATCH) for mix in RATIO_MIXES for rank in (64, 8)]),
-    "host": (host, [(mix, 64, 8, 16) for mix in RATIO_MIXES]),
-    "launches": (launches, [(mix, 768, 64, BATCH) for mix in RATIO_MIXES]),
+    "ratios": (ratios, [(mix, 768, rank, LARGE) for mix in RATIO_MIXES for rank in (64, 8)]
+               + [(mix, 768, rank, LARGE) for mix in ARC_MIXES for rank in (50, 64)]
+               + [(mix, 768, rank, BATCH) for mix in RATIO_MIXES for rank in (64, 8)]),
+    "host": (host, [(mix, 64, 8, 16) for mix in RATIO_MIXES + ARC_MIXES]),
+    "launches": (launches, [(mix, 768, 64, BATCH) for mix in RATIO_MIXES + ARC_MIXES]),
     "grid": (grid, list(_grid_sizes())),
     "sweep": (sweep, [(mix, 768, r, n) for mix in SWEPT for n in (LARGE, BATCH, 1_576) for r in RANKS]),
     "autotune": (autotune, [(mix, 768, rank, LARGE) for mix in list(MIXES)[:2] for rank in (64, 8)]),

@@ -1,5 +1,5 @@
-"""What is computed in one cell of `make gpu`? A mix of dtypes, a size, and the adapter forward and backward: ours, and
-as one writes it in plain PyTorch, against which ours is checked before anything is timed."""
+"""What is computed in one cell of `make gpu`? A mix of dtypes, a size, and an adapter or ARC, forward and backward:
+ours, and as one writes it in plain PyTorch, against which ours is checked before anything is timed."""
 
 import contextlib
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_timing import After, Work, gpu_times
-from vitadapter_ext.ops import adapter
+from vitadapter_ext.ops import adapter, arc
 
 Function = Callable[..., Tensor]
 
@@ -21,6 +21,7 @@ class Mix(NamedTuple):
     residual: torch.dtype | None = None  # None: x is the residual
     autocast: bool = False  # to bfloat16
     tf32: bool = False
+    arc: bool = False  # in place of an adapter
 
 
 DEVICE = "cuda"  # for the tests, another one
@@ -33,6 +34,8 @@ MIXES = {
     "float16": Mix(F16, F16),
     "float32": Mix(F32, F32),
     "float32 in TF32": Mix(F32, F32, tf32=True),
+    "ARC bfloat16": Mix(BF16, BF16, arc=True),
+    "ARC float32 in bfloat16": Mix(F32, F32, autocast=True, arc=True),
 }
 
 
@@ -48,6 +51,14 @@ def ours(x, residual, down, down_bias, up, up_bias):
     return adapter(x, down, up, down_bias=down_bias, up_bias=up_bias, residual=residual)
 
 
+def arc_eager(x, basis, rescale, bias):
+    return x + ((x @ basis) * rescale) @ basis.T + bias
+
+
+def arc_ours(x, basis, rescale, bias):
+    return arc(x, basis, rescale, bias=bias)
+
+
 class Problem:
     """Inputs of one cell, all with gradients, and what is done with them."""
 
@@ -60,14 +71,25 @@ class Problem:
         def tensor(*shape: int, spread: float, dtype: torch.dtype = self.mix.parameters) -> Tensor:
             return (spread * torch.randn(*shape, device=DEVICE)).to(dtype).requires_grad_()
 
-        self.inputs = {
-            "x": tensor(tokens, dim, spread=1, dtype=self.mix.x),
-            "residual": None if self.mix.residual is None else tensor(tokens, dim, spread=1, dtype=self.mix.residual),
-            "down": tensor(rank, dim, spread=dim**-0.5),
-            "down_bias": tensor(rank, spread=0.1),
-            "up": tensor(dim, rank, spread=rank**-0.5),
-            "up_bias": tensor(dim, spread=0.1),
-        }
+        self.inputs = {"x": tensor(tokens, dim, spread=1, dtype=self.mix.x)}
+        if self.mix.arc:
+            self.inputs |= {
+                "basis": tensor(dim, rank, spread=dim**-0.5),
+                "rescale": tensor(rank, spread=1),
+                "bias": tensor(dim, spread=0.1),
+            }
+        else:
+            residual = self.mix.residual and tensor(tokens, dim, spread=1, dtype=self.mix.residual)
+            self.inputs |= {
+                "residual": residual,
+                "down": tensor(rank, dim, spread=dim**-0.5),
+                "down_bias": tensor(rank, spread=0.1),
+                "up": tensor(dim, rank, spread=rank**-0.5),
+                "up_bias": tensor(dim, spread=0.1),
+            }
+        self.functions: dict[str, Function] = (
+            {"ours": arc_ours, "eager": arc_eager} if self.mix.arc else {"ours": ours, "eager": eager}
+        )
         self.tensors = {name: tensor for name, tensor in self.inputs.items() if tensor is not None}
         self.y_dtype = torch.promote_types(self.mix.x, self.mix.residual or self.mix.x)
         self.grad = torch.randn(tokens, dim, device=DEVICE).to(self.y_dtype)
@@ -149,7 +171,8 @@ class Problem:
         return max(parts)
 
     def check(self) -> dict[str, float]:
-        return {"difference": float(f"{self.compare(self.results(ours), self.results(eager)):.2g}")}
+        found, expected = (self.results(function) for function in self.functions.values())
+        return {"difference": float(f"{self.compare(found, expected):.2g}")}
 
     def times(self, functions: dict[str, Function], parts: tuple[str, ...], **options: Any) -> dict[str, Any]:
         passes = {name: self.passes(function) for name, function in functions.items()}

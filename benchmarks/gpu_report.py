@@ -16,6 +16,7 @@ STRETCH = 0.7
 # How many times as long the others take.
 OVER = {"forward": {"eager": 3.0, "compile": 1.5}, "backward": {"eager": 1.9, "compile": 1.4}}
 FORWARD_OVER_EAGER_WITH_RESIDUAL, FORWARD_OVER_AUTOTUNE = 2.1, 1.15
+ARC_OVER = {"forward": {"eager": 3.0}}
 HOST_US = {"forward": 15, "both": 70}
 HOST_OF_EAGER = 0.5
 KERNELS = {"forward": 1, "both": 4}  # one forward, at most three backward
@@ -81,7 +82,7 @@ def _bandwidth(rows: list[Row]) -> list[Row]:
 def _ratios(rows: list[Row]) -> list[Row]:
     found = []
     for row in rows:
-        for part, others in OVER.items():
+        for part, others in (ARC_OVER if row["mix"].startswith("ARC") else OVER).items():
             for other, target in others.items():
                 if (part, other) == ("forward", "eager") and "residual" in row["mix"]:
                     target = FORWARD_OVER_EAGER_WITH_RESIDUAL
@@ -126,7 +127,7 @@ def _launches(rows: list[Row]) -> list[Row]:
         for part, target in KERNELS.items():
             at_most(row, f"kernels, {WORDS[part]}", row["kernels"]["ours"][part], target)
             at_most(row, f"waits for the GPU, {WORDS[part]}", int(row["waits"][part]), 0)
-        at_most(row, "FusedAdapter, kernels that are not ours", len(row["foreign"]), 0)
+        at_most(row, "the module, kernels that are not ours", len(row["foreign"]), 0)
         hidden_mb = 4 * row["tokens"] * row["rank"] / MB
         our = {what: size / MB for what, size in row["bytes"]["ours"].items()}
         at_most(row, "saved for backward beside the inputs (MB)", our["saved"], hidden_mb)
@@ -236,14 +237,14 @@ _HEADERS = {
         "MB of ours, saved and workspace",
         "of eager",
         "our kernels",
-        "other kernels of FusedAdapter",
+        "other kernels of the module",
     ],
 }
 
 
 def document(record: Record) -> str:
     facts = [f"- {name}: {value}" for name, value in record.items() if isinstance(value, str) and value]
-    parts = ["# Adapter on a GPU", "\n".join(facts)]
+    parts = ["# Adapter and ARC on a GPU", "\n".join(facts)]
     parts += ["## Targets", targets_table(record["targets"]), "## Phases", phases_table(record["phases"])]
     for name, phase in record["phases"].items():
         if "rows" in phase:

@@ -1,5 +1,6 @@
-"""What does `make bench` do with a suite? It runs each part in a process of its own, whose environment pins malloc and
-the instruction set, prints its tables, and writes a complete run to `benchmarks/results/<op>-cpu.json` and `.md`.
+"""What does `make bench OP=<op>` do with a suite? It runs each part in a process of its own, whose environment pins
+malloc and the instruction set, prints its tables, and writes a complete run to `benchmarks/results/<op>-cpu.json` and
+`.md`.
 
 Ends with 0 when everything was measured, whether or not the targets are reached, and with 1 when something failed.
 """
@@ -62,9 +63,9 @@ def main(op: str, description: str, peak_memory_work: Callable, memory_sizes: li
     chosen = [name for name in (*PARTS, "memory") if getattr(arguments, name)] or [*PARTS, "memory"]
     words = [f"({words})" for words in (arguments.k, QUICK if arguments.quick else "") if words]
 
-    result = {**made_with("make bench"), **processor()}
+    result = {**made_with(f"make bench OP={op}"), **processor()}
     document = [
-        f"# {op.capitalize()} on the CPU",
+        f"# The op `{op}` on the CPU",
         "\n".join(f"- {name}: {value}" for name, value in result.items() if value),
     ]
     print("\n\n".join(document), flush=True)

@@ -1,6 +1,7 @@
 """What can this machine do at best? Its processor, the rates of its memory and of matrix products, and the time below
 which no kernel can come with them."""
 
+import functools
 import mmap
 import platform
 import re
@@ -31,6 +32,7 @@ def processor() -> dict[str, str]:
     return {"cpu": model, "caches": ", ".join(caches), "cpu_level": vitadapter_ext.build_info()["cpu_level"]}
 
 
+@functools.cache
 def machine_rates(rounds: int, seconds: float) -> dict[str, float]:
     """GFLOP/s of a 2048³ product; GB/s, read plus written, of `copy_` into a warm buffer; GB/s written to fresh pages
     of 4 KB, which are mapped and given back in the same time, as an output's are."""

@@ -3,11 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from tests.problems import Op
 from vitadapter_ext import reference
-
-LOW = (torch.bfloat16, torch.float16)
-
-TENSORS = ("x", "down", "up", "down_bias", "up_bias", "scale", "residual")
+from vitadapter_ext.ops import adapter
 
 
 def make(shape=(2, 5, 24), rank=3, *, dtype=torch.float64, device="cpu", bias=True, scale="channel", residual=True):
@@ -28,25 +26,6 @@ def make(shape=(2, 5, 24), rank=3, *, dtype=torch.float64, device="cpu", bias=Tr
     }
 
 
-def tensors_of(arguments: dict) -> dict[str, torch.Tensor]:
-    return {name: arguments[name] for name in TENSORS if isinstance(arguments[name], torch.Tensor)}
-
-
-def converted(arguments: dict, convert) -> dict:
-    """The same arguments with every tensor replaced by a fresh leaf."""
-    return {
-        k: convert(v.detach()).clone().requires_grad_() if isinstance(v, torch.Tensor) else v
-        for k, v in arguments.items()
-    }
-
-
-def run(op, arguments: dict, grad: torch.Tensor, **options) -> dict[str, torch.Tensor]:
-    """The output and the gradients of all tensors, by name."""
-    y = op(**arguments, **options)
-    names, tensors = zip(*tensors_of(arguments).items(), strict=True)
-    return {"y": y.detach(), **dict(zip(names, torch.autograd.grad(y, tensors, grad.to(y.dtype)), strict=True))}
-
-
 def eager(x, down, up, down_bias, up_bias, scale, residual, activation="gelu", compute_dtype=None):
     """What a user would write with torch.nn: every product in the compute dtype."""
     compute = compute_dtype or x.dtype
@@ -60,5 +39,4 @@ def eager(x, down, up, down_bias, up_bias, scale, residual, activation="gelu", c
     return (residual + out).to(torch.promote_types(x.dtype, residual.dtype))
 
 
-def short(dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+ADAPTER = Op("adapter", adapter, reference.adapter, eager, make, ("dropout", "dropout_out", "drop_path"))

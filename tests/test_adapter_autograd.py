@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from tests.adapter_problems import LOW, make, short, tensors_of
-from vitadapter_ext import FusedAdapter, reference
+from tests.adapter_problems import make
+from tests.problems import LOW, short, tensors_of
+from vitadapter_ext import FusedAdapter
 from vitadapter_ext.ops import adapter
 
 
@@ -36,14 +37,7 @@ def test_opcheck(plain_device, save):
     torch.library.opcheck(torch.ops.vitadapter.adapter_backward.default, backward)
 
 
-def test_only_the_gradients_that_are_asked_for():
-    everything = tensors_of(make())
-    for wanted in everything:
-        arguments = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in make().items()}
-        arguments[wanted].requires_grad_()
-        (got,) = torch.autograd.grad(adapter(**arguments).square().sum(), arguments[wanted])
-        (expected,) = torch.autograd.grad(reference.adapter(**arguments).square().sum(), arguments[wanted])
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+def test_a_gradient_that_is_not_asked_for_comes_back_empty():
     a = make(bias=False, scale=2.0, residual=False)
     operands = (a["down"], None, a["up"], None, None, None)
     settings = (2.0, 0, 0.0, 0.0, 0.0, torch.float64, False)
@@ -53,21 +47,6 @@ def test_only_the_gradients_that_are_asked_for():
             torch.randn_like(a["x"]), a["x"], hidden, *operands, True, *settings, 0b001000
         )
     assert [g.numel() for g in grads] == [0, 0, 0, a["up"].numel(), 0, 0]
-
-
-def test_double_backward_is_refused_clearly():
-    arguments = make()
-    (gx,) = torch.autograd.grad(adapter(**arguments).sum(), arguments["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="no double backward pass"):
-        gx.sum().backward()
-
-
-def test_forward_mode_is_refused_clearly():
-    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
-        arguments = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in make().items()}
-        arguments["x"] = torch.autograd.forward_ad.make_dual(arguments["x"], torch.ones(2, 5, 24).double())
-        with pytest.raises(NotImplementedError, match="jvp"):
-            adapter(**arguments)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])

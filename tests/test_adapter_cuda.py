@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from benchmarks.gpu import ROOT
 from benchmarks.gpu_plans import AUTOMATIC, FAST, SIMPLE, SLICED, Plan, result_under, using
 from benchmarks.gpu_timing import kernels, peak_bytes, waits_for_gpu
-from tests.adapter_problems import converted, make, run, tensors_of
+from tests.adapter_problems import make
 from tests.conftest import assert_as_good_as_eager, no_gpu, rms
+from tests.problems import converted, run, tensors_of
 from vitadapter_ext import FusedAdapter, reference
 from vitadapter_ext.ops import adapter
 from vitadapter_ext.ops.adapter import ACTIVATIONS

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_adapter, memory, program, rates, report
+from benchmarks import bench_adapter, bench_arc, memory, program, rates, report, sandwich
 from benchmarks.interleaved import OtherPrograms, summarised, take_quiet_turns, take_turns
 
 RATES = {
@@ -22,10 +22,13 @@ RATES = {
 }
 
 
-def tiny_row(**more) -> dict:
-    problem = bench_adapter.Problem("float32", 16, 2, 5)
-    _, row = bench_adapter.measure(problem, bench_adapter.EAGER_AND_OURS, rounds=3, seconds=0)
-    return row | bench_adapter.cell_facts(problem, row, RATES) | more
+each_suite = pytest.mark.parametrize("suite", [bench_adapter, bench_arc], ids=lambda suite: suite.__name__)
+
+
+def tiny_row(suite=bench_adapter, **more) -> dict:
+    problem = sandwich.Problem(suite.OP, "float32", 16, 2, 5)
+    _, row = sandwich.measure(problem, suite.OP.functions, rounds=3, seconds=0)
+    return row | sandwich.cell_facts(problem, row, RATES) | more
 
 
 def test_the_state_of_malloc_is_named(monkeypatch):
@@ -85,8 +88,8 @@ def test_verdicts_in_words():
 
 
 def test_every_cell_has_its_targets():
-    sizes = {(state, mix, tokens, rank) for state in memory.MALLOC for mix, _, rank, tokens in bench_adapter.CELLS}
-    assert sizes == set(bench_adapter.TARGETS)
+    sizes = {(state, mix, tokens, rank) for state in memory.MALLOC for mix, _, rank, tokens in sandwich.CELLS}
+    assert sizes == set(sandwich.TARGETS)
 
 
 def test_the_floor_is_the_larger_of_bytes_and_arithmetic():
@@ -101,8 +104,9 @@ def test_the_floor_is_the_larger_of_bytes_and_arithmetic():
     assert floor["forward"] == pytest.approx((2 * 38.4 + 0.4) / 10)
 
 
-def test_a_tiny_cell_has_every_field():
-    row = tiny_row()
+@each_suite
+def test_a_tiny_cell_has_every_field(suite):
+    row = tiny_row(suite)
     assert (row["mix"], row["dim"], row["rank"], row["tokens"]) == ("float32", 16, 2, 5)
     for part in report.PASSES:
         assert row["floor_ms"][part] > 0 and row["ratio"][part]["eager"] > 0
@@ -114,26 +118,28 @@ def test_a_tiny_cell_has_every_field():
     assert row["GFLOP_per_s"] > 0 and set(row["judged"]) == {"forward over eager"}
 
 
-@pytest.mark.parametrize("mix", bench_adapter.MIXES)
-def test_every_mix_runs_and_ours_is_no_worse_than_eager(mix):
-    problem = bench_adapter.Problem(mix, 32, 4, 40)
-    errors = problem.errors(bench_adapter.EAGER_AND_OURS)
+@each_suite
+@pytest.mark.parametrize("mix", sandwich.MIXES)
+def test_every_mix_runs_and_ours_is_no_worse_than_eager(suite, mix):
+    problem = sandwich.Problem(suite.OP, mix, 32, 4, 40)
+    errors = problem.errors()
     assert errors["ours"]["y"] <= 1.5 * errors["eager"]["y"] + 1e-6
-    assert all(a.dtype == b.dtype for a, b in zip(problem.both(bench_adapter.ours), problem.inputs, strict=True))
+    assert all(a.dtype == b.dtype for a, b in zip(problem.both(suite.OP.ours), problem.inputs, strict=True))
 
 
 def test_slower_means_by_more_than_chance():
     def row(ours: list[float], eager: list[float]) -> dict:
         return summarised({f"{part} {n}": t for part in report.PASSES for n, t in (("ours", ours), ("eager", eager))})
 
-    assert bench_adapter.slower_than_eager(row([2.0, 2.1, 2.2], [1.0, 1.1, 1.2])) == ["forward", "both"]
-    assert bench_adapter.slower_than_eager(row([1.0, 2.0, 3.0], [0.9, 1.1, 2.9])) == []  # they overlap
-    assert bench_adapter.slower_than_eager(row([1.02], [1.0])) == []  # by 2 % only
+    assert sandwich.slower_than_eager(row([2.0, 2.1, 2.2], [1.0, 1.1, 1.2])) == ["forward", "both"]
+    assert sandwich.slower_than_eager(row([1.0, 2.0, 3.0], [0.9, 1.1, 2.9])) == []  # they overlap
+    assert sandwich.slower_than_eager(row([1.02], [1.0])) == []  # by 2 % only
 
 
-def test_pytest_benchmark_runs_a_part_and_its_file_has_the_row():
+@each_suite
+def test_pytest_benchmark_runs_a_part_and_its_file_has_the_row(suite):
     part = program.PARTS["host"]._replace(rounds=3, seconds=0.02)
-    (row,), well = program._rows("benchmarks/bench_adapter.py", part, "", quick=False)
+    (row,), well = program._rows(suite.__file__, part, "", quick=False)
     assert well and row["state"] == "no-fault" and row["rounds"] >= 3
     assert set(row["judged"]) == {"forward (µs)", "both (µs)", "forward over eager", "both over eager"}
 
@@ -152,14 +158,16 @@ def test_only_a_complete_run_is_written(monkeypatch, tmp_path, capsys, options):
     monkeypatch.setattr(program, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench_adapter", *options])
     sizes = [("float32", 16, 2, 5)]
-    assert program.main("adapter", "", bench_adapter.peak_memory_work, sizes) == 0
+    assert program.main("adapter", "", sandwich.peak_memory_work, sizes) == 0
     printed = capsys.readouterr().out
     assert "no-fault float32 5 × 16 r 2" in printed
     if options:
         assert not list(tmp_path.iterdir())
         return
     record = json.loads((tmp_path / "adapter-cpu.json").read_text())
-    assert record["command"] == "make bench" and record["cpu_level"] and record["rates"] == {"no-fault": RATES}
+    assert (
+        record["command"] == "make bench OP=adapter" and record["cpu_level"] and record["rates"] == {"no-fault": RATES}
+    )
     assert record["cells"] == [{key: value for key, value in cell.items() if key != "rates"}]
     assert record["memory"][0]["judged"]["ours (MB)"]["verdict"] == "over by 1"
     written = (tmp_path / "adapter-cpu.md").read_text()
@@ -171,11 +179,19 @@ def test_a_failed_part_is_not_written(monkeypatch, tmp_path):
     monkeypatch.setattr(program, "_rows", lambda *arguments: ([], False))
     monkeypatch.setattr(program, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench_adapter"])
-    assert program.main("adapter", "", bench_adapter.peak_memory_work, []) == 1
+    assert program.main("adapter", "", sandwich.peak_memory_work, []) == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_help():
-    command = [sys.executable, "-m", "benchmarks.bench_adapter", "--help"]
-    run = subprocess.run(command, cwd=program.ROOT, capture_output=True, text=True)
+@each_suite
+def test_peak_memory_is_measured_in_a_process_of_its_own(suite):
+    work = functools.partial(sandwich.peak_memory_work, suite.OP)
+    assert memory.peak_growth(work, "ours", "float32", 192, 8, 2_000) > 2 * 4 * 2_000 * 192  # y and the gradient of x
+
+
+@each_suite
+@pytest.mark.parametrize("as_file", [False, True])
+def test_help(suite, as_file):
+    command = [suite.__file__] if as_file else ["-m", suite.__name__]
+    run = subprocess.run([sys.executable, *command, "--help"], cwd=program.ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "--quick" in run.stdout and "--grid" in run.stdout

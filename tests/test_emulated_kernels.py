@@ -36,11 +36,19 @@ def test_every_fast_kernel_on_the_emulator():
     finished = run("samples", "2", "80")
     print(finished.stdout)  # how many cases, by kernel: pytest -s shows it
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    counted = re.search(r"fast adapter kernels: (\d+) cases in (\d+) orders of threads, 0 failures", finished.stdout)
-    assert counted and int(counted[1]) == 80 and int(counted[2]) >= 5
+    summary = r"((?:^  .+: \d+ cases\n)+)fast {} kernels: (\d+) cases in (\d+) orders of threads, 0 failures"
+    adapter, arc = (re.search(summary.format(op), finished.stdout, re.MULTILINE) for op in ("adapter", "ARC"))
+    for counted in (adapter, arc):
+        assert counted and int(counted[2]) == 80 and int(counted[3]) >= 5
     # Of every kernel that a training step launches, each arithmetic, each way to store x and each number of ranks.
-    sampled = choices(re.findall(r"^  (.+): \d+ cases$", finished.stdout, re.MULTILINE))
-    assert sampled == choices(json.loads(run("launches").stdout))
+    launched = choices(json.loads(run("launches").stdout))
+    sampled, of_arc = (
+        choices(re.findall(r"^  (.+): \d+ cases$", counted[1], re.MULTILINE)) for counted in (adapter, arc)
+    )
+    assert sampled | of_arc == launched
+    # ARC goes through the adapter's kernels: all of those that it may have, too.
+    assert {name for name, _ in of_arc} == {"AdapterForwardKernel", "ReductionKernel", "ArcReductionEnd"}
+    assert all(of_arc[place] == launched[place] for place in of_arc)
     for kernel in ("AdapterForwardKernel", "AdapterBackwardKernel"):
         assert sampled[kernel, 1] == {"BFloat16", "Float16", "Tf32", "Float32"}
         assert sampled[kernel, 3] == {"16", "64", "256"}

@@ -134,7 +134,7 @@ def test_every_number_stands_beside_its_target():
     assert verdicts["kernels, forward", f"bfloat16 {large} 64"] == "reached"
     assert verdicts["kernels, forward + backward", f"bfloat16 {large} 64"] == "over by 1"
     assert verdicts["waits for the GPU, forward + backward", f"bfloat16 {large} 64"] == "over by 1"
-    assert verdicts["FusedAdapter, kernels that are not ours", f"bfloat16 {large} 64"] == "over by 1"
+    assert verdicts["the module, kernels that are not ours", f"bfloat16 {large} 64"] == "over by 1"
     assert verdicts["saved for backward beside the inputs (MB)", f"bfloat16 {large} 64"] == "reached"
     assert verdicts["workspace, backward (MB)", f"bfloat16 {large} 64"] == "over by 1"
     anywhere = "over eager, any size of the grid (ranks to 256)"
@@ -486,7 +486,7 @@ def test_autocast_is_entered_once_for_all_calls_that_cost_the_host(monkeypatch):
     monkeypatch.setattr(gpu_cells, "host_times", times)
     found = gpu_cells.host(problem)["us"]
     assert list(found) == ["forward ours", "both ours", "forward eager", "both eager"] and len(entered) == 1
-    for name, function in gpu_cells.EAGER_AND_OURS.items():
+    for name, function in problem.functions.items():
         expected = problem.results(function)
         assert torch.equal(found[f"forward {name}"], expected["y"])
         gradients = problem.named(found[f"both {name}"])

@@ -23,6 +23,17 @@ def test_reference_on_numbers_worked_out_by_hand():
     assert y.tolist() == [[13.0, 32.0]]
 
 
+def test_arc_on_numbers_worked_out_by_hand():
+    # (x·U) ∘ λ = [1·1 + 2·3, 1·2 - 2·1] ∘ [2, 5] = [14, 0]; times Uᵀ = [14·1, 14·3] = [14, 42]
+    y = reference.arc(
+        torch.tensor([[1.0, 2.0]]),
+        torch.tensor([[1.0, 2.0], [3.0, -1.0]]),
+        torch.tensor([2.0, 5.0]),
+        bias=torch.tensor([0.5, -0.5]),
+    )
+    assert y.tolist() == [[15.5, 43.5]]
+
+
 @pytest.mark.parametrize(
     ("counter", "key", "expected"),
     [

@@ -8,7 +8,7 @@ va.attach(model, va.Adapter(rank=8))
 import importlib
 
 from ._library import build_info
-from .nn import FusedAdapter
+from .nn import ARCBasis, FusedAdapter, FusedARC
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ _LAZY = {
     "BitFit": "methods",
 }
 
-__all__ = ["FusedAdapter", "build_info", "nn", "ops", "reference", *_LAZY]
+__all__ = ["ARCBasis", "FusedARC", "FusedAdapter", "build_info", "nn", "ops", "reference", *_LAZY]
 
 
 def __getattr__(name: str):

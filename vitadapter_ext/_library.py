@@ -107,7 +107,7 @@ def _find_kernels(device: torch.device) -> bool:
         warnings.warn(
             f"vitadapter_ext runs its simple kernels on {_named(device)}: the fast ones need {fast} or newer and code "
             f"for it; these are built for {_C.build_info()['cuda_architectures']}",
-            stacklevel=4,
+            stacklevel=5,
         )
     return code is not None
 
@@ -134,7 +134,7 @@ def warn_without_kernels(device: torch.device) -> None:
         why = CUDA_OFF_REASON
     elif device.type == "cuda":
         name, why = _named(device), f"they are built for {_C.build_info()['cuda_architectures']}"
-    warnings.warn(f"vitadapter_ext runs plain PyTorch instead of its kernels on {name}: {why}", stacklevel=3)
+    warnings.warn(f"vitadapter_ext runs plain PyTorch instead of its kernels on {name}: {why}", stacklevel=4)
 
 
 def build_info() -> dict:

@@ -107,3 +107,30 @@ def adapter(
         out = out * keep.repeat_interleave(rows.shape[0] // max(samples, 1), dim=0)
     out = residual.to(wide) + out.reshape(x.shape)
     return out.to(torch.promote_types(x.dtype, residual.dtype))
+
+
+def arc(
+    x: Tensor,
+    basis: Tensor,
+    rescale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x + drop((x·basis) ∘ rescale)·basisᵀ + bias, see `ops.arc`.
+
+    Operands are read in `compute_dtype` (default: x's); all that follows is float32, or float64 when x is.
+    """
+    dim, rank = basis.shape
+    compute_dtype = compute_dtype or x.dtype
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows, shared = (t.to(compute_dtype).to(wide) for t in (x.reshape(-1, dim), basis))
+    hidden = (rows @ shared) * rescale.to(wide)
+    if dropout > 0:
+        hidden = hidden * keep_mask(seed, rows.shape[0], rank, STREAM_DROPOUT, dropout) / (1 - dropout)
+    out = x.to(wide) + (hidden @ shared.T).reshape(x.shape)
+    if bias is not None:
+        out = out + bias.to(wide)
+    return out.to(x.dtype)

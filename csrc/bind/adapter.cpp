@@ -4,13 +4,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../cpu/adapter.h"
+#include "torch_pool.h"
 
 namespace vitadapter::bind {
 namespace {
-
-void torch_pool(int64_t begin, int64_t end, int64_t grain, cpu::RangeFunction function, void* context) {
-  torch::stable::parallel_for(begin, end, grain, [=](int64_t from, int64_t to) { function(from, to, context); });
-}
 
 struct Cpu {
   static void forward(const Tensor&, const AdapterForward& problem) {

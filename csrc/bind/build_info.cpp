@@ -1,5 +1,5 @@
 // The Python module vitadapter_ext._C: it says how this library was built. The operators register themselves when it is
-// loaded (adapter.cpp). This file alone knows pybind11, and it knows no torch header.
+// loaded (adapter.cpp, arc.cpp). This file alone knows pybind11, and it knows no torch header.
 #include <pybind11/pybind11.h>
 
 #include "../cpu/level.h"

@@ -30,7 +30,7 @@ int64_t last_level_cache() {
 }  // namespace
 
 void* workspace(Slot slot, int64_t bytes) {
-  thread_local Memory slots[2];
+  thread_local Memory slots[kSlots];
   Memory& memory = slots[int(slot)];
   if (bytes > memory.bytes) {
     std::free(memory.data);

@@ -6,8 +6,10 @@
 
 namespace vitadapter::cpu {
 
-// What a thread has for its own part of a call, and for what all threads of the call share.
-enum class Slot { kThread, kCall };
+// What a thread has for its own part of a call, for what all threads of the call share, and for an op that is made of
+// another's call.
+enum class Slot { kThread, kCall, kOuterCall };
+constexpr int kSlots = 3;
 
 // At least `bytes`, aligned to 64, valid until this thread asks for the same slot again. Each thread keeps it from call
 // to call: fresh pages would cost more than the arithmetic of a small problem. Throws std::bad_alloc.

@@ -16,10 +16,19 @@ VA_DEVICE float logistic(float u) { return approximate_reciprocal(1.0f + approxi
 
 VA_DEVICE float gelu(float u) { return 0.5f * u * (1.0f + std::erf(0.707106781f * u)); }
 
-VA_DEVICE float gelu_tanh(float u) {
-  // (1 + tanh v) / 2 is the logistic function of 2v.
-  return u * logistic(1.59576912f * (u + 0.044715f * u * u * u));
-}
+// gelu_tanh and silu are u · s(v), with the logistic function s and v = u · (linear + cubic · u²): (1 + tanh w) / 2 is
+// s(2w). One loop for both, as a loop over registers is long.
+struct Gate {
+  float linear, cubic;
+
+  VA_DEVICE explicit Gate(Activation activation)
+      : linear(activation == Activation::kSilu ? 1.0f : 1.59576912f),
+        cubic(activation == Activation::kSilu ? 0.0f : 0.0713548163f) {}
+  // Bounded, as 0 · ∞ is no number.
+  VA_DEVICE static float square(float u) { return std::fmin(u * u, 1e30f); }
+  VA_DEVICE float argument(float u) const { return u * (linear + cubic * square(u)); }
+  VA_DEVICE float slope(float u) const { return linear + 3.0f * cubic * square(u); }
+};
 
 // Replaces values(i) by act(values(i)) for i in [0, kCount).
 template <int kCount, typename Values>
@@ -30,11 +39,14 @@ VA_DEVICE void activate_all(Activation activation, const Values& values) {
   };
   switch (activation) {
     case Activation::kGelu: return each([](float u) { return gelu(u); });
-    case Activation::kGeluTanh: return each([](float u) { return gelu_tanh(u); });
+    case Activation::kGeluTanh:
+    case Activation::kSilu: {
+      const Gate gate(activation);
+      return each([&](float u) { return u * logistic(gate.argument(u)); });
+    }
     // Not `u > 0 ? u : 0`: a NaN must pass through.
     case Activation::kRelu: return each([](float u) { return u <= 0.0f ? 0.0f : u; });
     case Activation::kLeakyRelu: return each([](float u) { return u <= 0.0f ? 0.01f * u : u; });
-    case Activation::kSilu: return each([](float u) { return u * logistic(u); });
     case Activation::kIdentity: return;
   }
 }
@@ -54,12 +66,6 @@ VA_DEVICE Activated<float> gated(float u, float v, float slope_of_v) {
   return {u * s, s + u * larger * smaller * slope_of_v};
 }
 
-VA_DEVICE Activated<float> gelu_tanh_and_slope(float u) {
-  return gated(u, 1.59576912f * (u + 0.044715f * u * u * u), 1.59576912f + 0.214064830f * u * u);
-}
-
-VA_DEVICE Activated<float> silu_and_slope(float u) { return gated(u, u, 1.0f); }
-
 // Multiplies grads(i) by act'(values(i)) and replaces values(i) by act(values(i)), for i in [0, kCount).
 template <int kCount, typename Values, typename Grads>
 VA_DEVICE void differentiate_all(Activation activation, const Values& values, const Grads& grads) {
@@ -73,12 +79,15 @@ VA_DEVICE void differentiate_all(Activation activation, const Values& values, co
   };
   switch (activation) {
     case Activation::kGelu: return each([](float u) { return gelu_and_slope(u); });
-    case Activation::kGeluTanh: return each([](float u) { return gelu_tanh_and_slope(u); });
+    case Activation::kGeluTanh:
+    case Activation::kSilu: {
+      const Gate gate(activation);
+      return each([&](float u) { return gated(u, gate.argument(u), gate.slope(u)); });
+    }
     case Activation::kRelu:
       return each([](float u) { return u <= 0.0f ? Activated<float>{0.0f, 0.0f} : Activated<float>{u, 1.0f}; });
     case Activation::kLeakyRelu:
       return each([](float u) { return u <= 0.0f ? Activated<float>{0.01f * u, 0.01f} : Activated<float>{u, 1.0f}; });
-    case Activation::kSilu: return each([](float u) { return silu_and_slope(u); });
     case Activation::kIdentity: return;
   }
 }

@@ -1,4 +1,4 @@
-// Which fast kernels serve an adapter?
+// Which fast kernels serve an adapter, or ARC?
 #include "adapter.h"
 
 namespace vitadapter::cuda {
@@ -12,7 +12,20 @@ bool is_served(const AdapterProblem& p) {
 // A product of bfloat16 or float16 would lose nothing in TF32, but up and z may be float32.
 bool takes_tf32(const AdapterProblem& p) { return p.allow_tf32 && p.x.dtype == DType::kFloat32; }
 
-int64_t adapter_backward(const AdapterBackward& p, const AdapterRequest& request, const AdapterBackwardRun* run) {
+}  // namespace
+
+bool adapter_or_arc_forward(const AdapterOrArcForward& p, const AdapterRequest& request, const Stream* stream) {
+  if (!is_served(p)) return false;
+  switch (p.compute) {
+    case DType::kBFloat16: return adapter_forward_bfloat16(p, request, stream);
+    case DType::kFloat16: return adapter_forward_float16(p, request, stream);
+    default:
+      return takes_tf32(p) ? adapter_forward_tf32(p, request, stream) : adapter_forward_float32(p, request, stream);
+  }
+}
+
+int64_t adapter_or_arc_backward(const AdapterOrArcBackward& p, const AdapterRequest& request,
+                                const AdapterBackwardRun* run) {
   if (!is_served(p)) return -1;
   switch (p.compute) {
     case DType::kBFloat16: return adapter_backward_bfloat16(p, request, run);
@@ -21,25 +34,17 @@ int64_t adapter_backward(const AdapterBackward& p, const AdapterRequest& request
   }
 }
 
-}  // namespace
-
 bool adapter_forward_fast(const AdapterForward& p, Stream stream, const AdapterRequest& request) {
-  if (!is_served(p)) return false;
-  switch (p.compute) {
-    case DType::kBFloat16: return adapter_forward_bfloat16(p, stream, request);
-    case DType::kFloat16: return adapter_forward_float16(p, stream, request);
-    default:
-      return takes_tf32(p) ? adapter_forward_tf32(p, stream, request) : adapter_forward_float32(p, stream, request);
-  }
+  return adapter_or_arc_forward({p}, request, &stream);
 }
 
 int64_t adapter_backward_workspace(const AdapterBackward& p, const AdapterRequest& request) {
-  return adapter_backward(p, request, nullptr);
+  return adapter_or_arc_backward({p}, request, nullptr);
 }
 
 bool adapter_backward_fast(const AdapterBackward& p, void* workspace, Stream stream, const AdapterRequest& request) {
   const AdapterBackwardRun run{workspace, stream};
-  return adapter_backward(p, request, &run) >= 0;
+  return adapter_or_arc_backward({p}, request, &run) >= 0;
 }
 
 }  // namespace vitadapter::cuda

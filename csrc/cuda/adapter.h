@@ -34,11 +34,33 @@ int64_t adapter_backward_workspace(const AdapterBackward& problem, const Adapter
 bool adapter_backward_fast(const AdapterBackward& problem, void* workspace, Stream stream,
                            const AdapterRequest& request = {});
 
-// Its parts, by compute dtype and by how x is stored, each compiled on its own.
-bool adapter_forward_bfloat16(const AdapterForward& problem, Stream stream, const AdapterRequest& request);
-bool adapter_forward_float16(const AdapterForward& problem, Stream stream, const AdapterRequest& request);
-bool adapter_forward_tf32(const AdapterForward& problem, Stream stream, const AdapterRequest& request);
-bool adapter_forward_float32(const AdapterForward& problem, Stream stream, const AdapterRequest& request);
+// ---- what the fast kernels do, of which ARC (arc.h) is a kind
+
+// An adapter; or ARC, which is the adapter without an activation whose `up` is the basis and whose down-projection,
+// diag(rescale) · upᵀ, nobody writes: the kernels multiply by up, and the product by rescale in float32.
+struct AdapterOrArcForward : AdapterForward {
+  Operand rescale = {};  // (rank), ARC's; null: an adapter
+  // ARC's gradient of x is what its y would be of g, but that dropout comes before rescale and not behind it. On its
+  // way it reads the hidden layer that the forward pass kept, and keeps gh and z, each null where nobody asks for it.
+  bool is_gradient = false;
+  const void* kept_hidden = nullptr;
+  void *hidden_grad = nullptr, *z = nullptr;
+
+  VA_HOST_DEVICE bool is_arc() const { return rescale.data; }
+};
+
+// ARC's up_grad is the basis' gradient; it has no down_grad.
+struct AdapterOrArcBackward : AdapterBackward {
+  Operand rescale = {};      // (rank), ARC's; null: an adapter
+  Result rescale_grad = {};  // (rank); null where it is not asked for
+
+  VA_HOST_DEVICE bool is_arc() const { return rescale.data; }
+  // ghᵀ · x
+  VA_HOST_DEVICE bool needs_down_product() const {
+    return is_arc() ? up_grad.data || rescale_grad.data : down_grad.data != nullptr;
+  }
+  VA_HOST_DEVICE bool needs_hidden_grad() const { return x_grad.data || down_bias_grad.data || needs_down_product(); }
+};
 
 // Where the backward pass shall run.
 struct AdapterBackwardRun {
@@ -46,14 +68,25 @@ struct AdapterBackwardRun {
   Stream stream = nullptr;
 };
 
-// Bytes of workspace, or -1; with `run`, launched, too.
-int64_t adapter_backward_bfloat16(const AdapterBackward& problem, const AdapterRequest& request,
+// False, or -1 where it would be bytes of workspace, where the fast kernels do not serve. Launched with `stream` or
+// `run` only.
+bool adapter_or_arc_forward(const AdapterOrArcForward& problem, const AdapterRequest& request, const Stream* stream);
+int64_t adapter_or_arc_backward(const AdapterOrArcBackward& problem, const AdapterRequest& request,
+                                const AdapterBackwardRun* run);
+
+// Their parts, by compute dtype, each compiled on its own.
+bool adapter_forward_bfloat16(const AdapterOrArcForward& problem, const AdapterRequest& request, const Stream* stream);
+bool adapter_forward_float16(const AdapterOrArcForward& problem, const AdapterRequest& request, const Stream* stream);
+bool adapter_forward_tf32(const AdapterOrArcForward& problem, const AdapterRequest& request, const Stream* stream);
+bool adapter_forward_float32(const AdapterOrArcForward& problem, const AdapterRequest& request, const Stream* stream);
+
+int64_t adapter_backward_bfloat16(const AdapterOrArcBackward& problem, const AdapterRequest& request,
                                   const AdapterBackwardRun* run);
-int64_t adapter_backward_float16(const AdapterBackward& problem, const AdapterRequest& request,
+int64_t adapter_backward_float16(const AdapterOrArcBackward& problem, const AdapterRequest& request,
                                  const AdapterBackwardRun* run);
-int64_t adapter_backward_tf32(const AdapterBackward& problem, const AdapterRequest& request,
+int64_t adapter_backward_tf32(const AdapterOrArcBackward& problem, const AdapterRequest& request,
                               const AdapterBackwardRun* run);
-int64_t adapter_backward_float32(const AdapterBackward& problem, const AdapterRequest& request,
+int64_t adapter_backward_float32(const AdapterOrArcBackward& problem, const AdapterRequest& request,
                                  const AdapterBackwardRun* run);
 
 }  // namespace vitadapter::cuda

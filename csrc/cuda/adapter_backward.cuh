@@ -21,7 +21,8 @@ namespace vitadapter::cuda {
 // their product may be too small for any number, of g, which has the size that a loss scale gives it. A scale of all
 // channels waits for the middle. g comes in quads, as dropout_out is drawn for four columns at a time.
 template <typename Math, typename X, int kRanks>
-using AdapterBackwardForm = SandwichForm<Math, X, kRanks, true, false, true, !kSame<Math, Float16>, true>;
+using AdapterBackwardForm =
+    SandwichForm<Math, X, kRanks, Layout::kByDim, Layout::kByRank, true, !kSame<Math, Float16>, true>;
 
 // X: how g is stored.
 template <typename Math, typename X, int kRanks>
@@ -86,24 +87,18 @@ struct AdapterBackwardKernel {
 
     // dropout_out is drawn once for all ranks. drop_path goes along: g is rounded after all of its factors, or none.
     VA_DEVICE void begin_chunk(int chunk, int64_t warp_first_row) {
-      if (!this->job.changes_x) return;
-      constexpr int kQuads = S::kChunk / 4;
       const int64_t first_row = warp_first_row - warp_row;
-      VA_ROLL
-      for (int i = thread; i < this->plan.tile_rows * kQuads; i += thread_count()) {
-        const int row = i / kQuads, column = i % kQuads * 4, whole_column = chunk * S::kChunk + column;
+      this->change_chunk([&](float (&quad)[4], int row, int column) {
+        const int whole_column = chunk * S::kChunk + column;
         const float sample = p.drop_path.active() ? row_factors()[row] : 1.0f;
-        float quad[4], factors[4] = {sample, sample, sample, sample};
-        load_quad<X>(quad, element<X>(this->place(this->reading), row, column));
+        float factors[4] = {sample, sample, sample, sample};
         drop_out(factors, p.dropout_out, seed, first_row + row, whole_column);
         VA_UNROLL
         for (int e = 0; e < 4; ++e) {
           if (scales_grad(p) && whole_column + e < p.dim) factors[e] *= load<float>(p.scale, whole_column + e);
           quad[e] *= factors[e];
         }
-        store_quad<Math>(element<Math>(this->changed_panel(), row, column), quad);
-      }
-      sync_threads();
+      });
     }
 
     // ---- the middle
@@ -111,7 +106,7 @@ struct AdapterBackwardKernel {
     // gh = scale ∘ drop_path ∘ that ∘ dropout ∘ act'(hidden), into shared memory; gh and z to where they are asked for.
     VA_DEVICE void middle(Hidden& grads, int block, int64_t first_row) {
       float hidden[S::kRowTiles][S::kRankTiles][4];
-      load_hidden(hidden, block, first_row);
+      load_all_hidden(hidden, block, first_row);
       const float scale = p.scale_is_channel ? 1.0f : p.scale.data ? load<float>(p.scale, 0) : k.scale_value;
       const bool has_factors = p.drop_path.active() && this->job.x.data && !this->job.changes_x;
       const auto at = [](Hidden& values, int i) -> float& {
@@ -136,34 +131,20 @@ struct AdapterBackwardKernel {
         }
         store_quad<Math>(element<Math>(to, warp_row + tile_row, column), grad);
         if (row >= p.rows || rank >= k.padded_rank) return;
-        keep(k.hidden_grad, row, rank, grad);
-        keep(k.z, row, rank, z);
+        this->keep(k.hidden_grad, k.padded_rank, row, rank, grad);
+        this->keep(k.z, k.padded_rank, row, rank, z);
       });
     }
 
     // What is not there is 0.
-    VA_DEVICE void load_hidden(Hidden& to, int block, int64_t first_row) const {
+    VA_DEVICE void load_all_hidden(Hidden& to, int block, int64_t first_row) const {
       this->for_each_quad(block, [&](int m, int tile, int half, int, int rank) {
         const int64_t row = first_row + 16 * m + 8 * half + g;
-        const int inside = row < p.rows ? int(p.rank) - rank : 0;
-        const float* const from = static_cast<const float*>(p.hidden) + row * p.rank + rank;
-        float quad[4] = {};
-        if (k.hidden_aligned) {
-          if (inside > 0) load_quad<Float32>(quad, from);
-        } else {
-          VA_UNROLL
-          for (int i = 0; i < 4; ++i) quad[i] = i < inside ? from[i] : 0.0f;
-        }
+        float quad[4];
+        this->load_hidden(quad, p.hidden, k.hidden_aligned, row, rank);
         VA_UNROLL
         for (int i = 0; i < 4; ++i) to[m][tile + i / 2][2 * half + i % 2] = quad[i];
       });
-    }
-
-    // For the reduction, which sums biases in float32 where it may: TF32 is rounded later.
-    VA_DEVICE void keep(void* matrix, int64_t row, int rank, const float (&quad)[4]) const {
-      using Kept = std::conditional_t<kSame<Math, Tf32>, Float32, Math>;
-      if (!matrix) return;
-      store_quad<Kept>(static_cast<char*>(matrix) + (row * k.padded_rank + rank) * Kept::kBytes, quad);
     }
 
     // ---- the end: gx = gh · down, and g where x is the residual
@@ -171,12 +152,7 @@ struct AdapterBackwardKernel {
     VA_DEVICE void finish(Product& product, int chunk, unsigned char*, int64_t first_row) {
       // gx has x's dtype: g's, or a smaller one.
       if (p.x_grad.dtype == X::kDType) return this->template write<X>(product, chunk, first_row);
-      if constexpr (kSame<X, Float32> && !kSame<Math, Float16> && !kSame<Math, Tf32>) {
-        if (p.x_grad.dtype == DType::kBFloat16) return this->template write<BFloat16>(product, chunk, first_row);
-      }
-      if constexpr (kSame<X, Float32> && !kSame<Math, BFloat16> && !kSame<Math, Tf32>) {
-        this->template write<Float16>(product, chunk, first_row);
-      }
+      if constexpr (kSame<X, Float32>) this->write_narrow(product, chunk, first_row);
     }
   };
 };

@@ -3,7 +3,7 @@
 
 namespace vitadapter::cuda {
 
-int64_t adapter_backward_float16(const AdapterBackward& p, const AdapterRequest& request,
+int64_t adapter_backward_float16(const AdapterOrArcBackward& p, const AdapterRequest& request,
                                  const AdapterBackwardRun* run) {
   return p.grad.dtype == DType::kFloat32 ? launch_adapter_backward<Float16, Float32>(p, request, run)
                                          : launch_adapter_backward<Float16, Float16>(p, request, run);

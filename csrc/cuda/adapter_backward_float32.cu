@@ -3,13 +3,9 @@
 
 namespace vitadapter::cuda {
 
-int64_t adapter_backward_float32(const AdapterBackward& p, const AdapterRequest& request,
+int64_t adapter_backward_float32(const AdapterOrArcBackward& p, const AdapterRequest& request,
                                  const AdapterBackwardRun* run) {
-  switch (p.grad.dtype) {
-    case DType::kFloat32: return launch_adapter_backward<Float32, Float32>(p, request, run);
-    case DType::kBFloat16: return launch_adapter_backward<Float32, BFloat16>(p, request, run);
-    default: return launch_adapter_backward<Float32, Float16>(p, request, run);
-  }
+  return launch_adapter_backward<Float32, Float32>(p, request, run);
 }
 
 }  // namespace vitadapter::cuda

@@ -3,7 +3,8 @@
 
 namespace vitadapter::cuda {
 
-int64_t adapter_backward_tf32(const AdapterBackward& p, const AdapterRequest& request, const AdapterBackwardRun* run) {
+int64_t adapter_backward_tf32(const AdapterOrArcBackward& p, const AdapterRequest& request,
+                              const AdapterBackwardRun* run) {
   return launch_adapter_backward<Tf32, Float32>(p, request, run);
 }
 

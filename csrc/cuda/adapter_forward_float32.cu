@@ -3,12 +3,8 @@
 
 namespace vitadapter::cuda {
 
-bool adapter_forward_float32(const AdapterForward& p, Stream stream, const AdapterRequest& request) {
-  switch (p.x.dtype) {
-    case DType::kFloat32: return launch_adapter_forward<Float32, Float32>(p, stream, request);
-    case DType::kBFloat16: return launch_adapter_forward<Float32, BFloat16>(p, stream, request);
-    default: return launch_adapter_forward<Float32, Float16>(p, stream, request);
-  }
+bool adapter_forward_float32(const AdapterOrArcForward& p, const AdapterRequest& request, const Stream* stream) {
+  return launch_adapter_forward<Float32, Float32>(p, request, stream);
 }
 
 }  // namespace vitadapter::cuda

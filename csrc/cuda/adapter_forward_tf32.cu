@@ -3,8 +3,8 @@
 
 namespace vitadapter::cuda {
 
-bool adapter_forward_tf32(const AdapterForward& p, Stream stream, const AdapterRequest& request) {
-  return launch_adapter_forward<Tf32, Float32>(p, stream, request);
+bool adapter_forward_tf32(const AdapterOrArcForward& p, const AdapterRequest& request, const Stream* stream) {
+  return launch_adapter_forward<Tf32, Float32>(p, request, stream);
 }
 
 }  // namespace vitadapter::cuda

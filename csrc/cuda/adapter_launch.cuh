@@ -80,7 +80,7 @@ SandwichPlan choose_plan(const Sandwich& job, const Device& device, const Adapte
 // A training loop comes with the same few shapes again and again, and to ask the driver takes longer than to launch.
 template <typename Kernel>
 SandwichPlan remembered_plan(const Sandwich& job, const Device& device, const AdapterRequest& request) {
-  using Question = std::array<int64_t, 17>;
+  using Question = std::array<int64_t, 18>;
   thread_local std::map<Question, SandwichPlan> answers;
   const Question question{device.index,
                           device.multiprocessors,
@@ -90,6 +90,7 @@ SandwichPlan remembered_plan(const Sandwich& job, const Device& device, const Ad
                           job.rank,
                           request.tile_rows,
                           request.keep,
+                          int64_t(job.x.dtype),
                           int64_t(job.first.dtype),
                           int64_t(job.second.dtype),
                           int64_t(job.base.dtype),
@@ -120,12 +121,16 @@ inline Alignment alignment_of(const Operand& weight, int64_t row) {
 template <typename Kernel>
 bool prepare(Sandwich& job, const AdapterRequest& request) {
   using Form = typename Kernel::Form;
+  if (Form::kWidensX && job.x.dtype != DType::kFloat32) job.changes_x = true;
   job.plan = remembered_plan<Kernel>(job, device(), request);
   job.x_aligned = rows_at(job.x, job.dim, 16);
   job.base_aligned = rows_at(job.base, job.dim, 16);
   job.y_aligned = rows_at(job.y, job.dim, 4 * element_size(job.y.dtype));
-  job.first_alignment = alignment_of(job.first, Form::kFirstByDim ? job.rank : job.dim);
-  job.second_alignment = alignment_of(job.second, Form::kSecondByDim ? job.rank : job.dim);
+  const auto is_by_dim = [](Layout layout, bool open) {
+    return layout == Layout::kEither ? open : layout == Layout::kByDim;
+  };
+  job.first_alignment = alignment_of(job.first, is_by_dim(Form::kFirst, job.first_by_dim) ? job.rank : job.dim);
+  job.second_alignment = alignment_of(job.second, is_by_dim(Form::kSecond, job.second_by_dim) ? job.rank : job.dim);
   return job.plan.blocks > 0;
 }
 
@@ -140,23 +145,41 @@ inline Sandwich sandwich_of(const AdapterProblem& p) {
 }
 
 template <typename Math, typename X, int kRanks>
-bool launch_adapter_forward(const AdapterForward& p, Stream stream, const AdapterRequest& request) {
+bool launch_adapter_forward(const AdapterOrArcForward& p, const AdapterRequest& request, const Stream* stream) {
   using Kernel = AdapterForwardKernel<Math, X, kRanks>;
   Sandwich job = sandwich_of(p);
   job.x = p.x;
-  job.first = p.down;
+  job.first = p.is_arc() ? p.up : p.down;
+  job.first_by_dim = p.is_arc();
   job.second = p.up;
   job.base = p.residual;
   job.y = p.y;
   if (!prepare<Kernel>(job, request)) return false;
-  launch(stream, job.plan.blocks, job.plan.threads, job.plan.shared_bytes,
-         Kernel{job, p, float(p.scale_value), rows_at(Operand{p.hidden}, p.rank, 16)});
+  if (!stream) return true;
+  const Operand hidden{p.is_gradient ? p.kept_hidden : p.hidden};
+  launch(*stream, job.plan.blocks, job.plan.threads, job.plan.shared_bytes,
+         Kernel{job, p, float(p.scale_value), rows_at(hidden, p.rank, 16), int(padded_rank<Math>(p.rank))});
   return true;
+}
+
+// ARC's gradient of x, and what is kept on the way there, as a problem of the forward kernel.
+inline AdapterOrArcForward arc_gradient(const AdapterOrArcBackward& p, void* hidden_grad, void* z) {
+  AdapterOrArcForward same;
+  static_cast<AdapterProblem&>(same) = p;
+  same.x = same.residual = p.grad;
+  same.up_bias = {};
+  same.y = p.x_grad;
+  same.rescale = p.rescale;
+  same.is_gradient = true;
+  same.kept_hidden = p.hidden;
+  same.hidden_grad = hidden_grad;
+  same.z = z;
+  return same;
 }
 
 // What the backward pass of a problem needs, and where in its workspace: gh and z, then the reduction's own.
 struct AdapterBackwardPlan {
-  Sandwich job;
+  Sandwich job;  // an adapter's
   AdapterReductionPlan reduction;
   int64_t padded_rank = 0;
   int64_t hidden_grad_bytes = 0, z_bytes = 0;  // 0: not written
@@ -166,13 +189,20 @@ struct AdapterBackwardPlan {
 };
 
 template <typename Math, typename X, int kRanks>
-AdapterBackwardPlan plan_adapter_backward(const AdapterBackward& p, const AdapterRequest& request) {
+AdapterBackwardPlan plan_adapter_backward(const AdapterOrArcBackward& p, const AdapterRequest& request) {
   AdapterBackwardPlan plan;
   plan.reduction = plan_adapter_reduction<Math>(p, request.slices);
   plan.padded_rank = padded_rank<Math>(p.rank);
   const int64_t matrix_bytes = p.rows * plan.padded_rank * Math::kBytes;
-  if (p.down_grad.data || p.down_bias_grad.data) plan.hidden_grad_bytes = matrix_bytes;
+  if (p.needs_down_product() || p.down_bias_grad.data) plan.hidden_grad_bytes = matrix_bytes;
   if (p.needs_up_product() && Math::kBytes == 2) plan.z_bytes = matrix_bytes;
+  plan.has_sandwich = p.needs_hidden_grad() || plan.z_bytes > 0;
+  if (p.is_arc()) {
+    const bool has_gradient =
+        !plan.has_sandwich || adapter_or_arc_forward(arc_gradient(p, nullptr, nullptr), request, nullptr);
+    plan.served = plan.reduction.served && has_gradient;
+    return plan;
+  }
   plan.job = sandwich_of(p);
   if (p.needs_hidden_grad()) plan.job.x = p.grad, plan.job.first = p.up;
   if (p.x_grad.data) {
@@ -180,7 +210,6 @@ AdapterBackwardPlan plan_adapter_backward(const AdapterBackward& p, const Adapte
     plan.job.y = p.x_grad;
     if (p.residual_is_x) plan.job.base = p.grad;
   }
-  plan.has_sandwich = p.needs_hidden_grad() || plan.z_bytes > 0;
   plan.job.changes_x = AdapterBackwardKernel<Math, X, kRanks>::changes_grad(p);
   plan.served = plan.reduction.served;
   if (plan.served && plan.has_sandwich)
@@ -189,7 +218,7 @@ AdapterBackwardPlan plan_adapter_backward(const AdapterBackward& p, const Adapte
 }
 
 template <typename Math, typename X, int kRanks>
-int64_t launch_adapter_backward(const AdapterBackward& p, const AdapterRequest& request,
+int64_t launch_adapter_backward(const AdapterOrArcBackward& p, const AdapterRequest& request,
                                 const AdapterBackwardRun* run) {
   const AdapterBackwardPlan plan = plan_adapter_backward<Math, X, kRanks>(p, request);
   if (!plan.served) return -1;
@@ -197,7 +226,9 @@ int64_t launch_adapter_backward(const AdapterBackward& p, const AdapterRequest& 
   char* const memory = static_cast<char*>(run->workspace);
   void* const hidden_grad = plan.hidden_grad_bytes ? memory : nullptr;
   void* const z = plan.z_bytes ? memory + plan.hidden_grad_bytes : nullptr;
-  if (plan.has_sandwich) {
+  if (plan.has_sandwich && p.is_arc()) {
+    adapter_or_arc_forward(arc_gradient(p, hidden_grad, z), request, &run->stream);
+  } else if (plan.has_sandwich) {
     const SandwichPlan& how = plan.job.plan;
     launch(run->stream, how.blocks, how.threads, how.shared_bytes,
            AdapterBackwardKernel<Math, X, kRanks>{plan.job, p, float(p.scale_value),
@@ -215,13 +246,13 @@ int64_t launch_adapter_backward(const AdapterBackward& p, const AdapterRequest& 
 constexpr int64_t kMaxDim = 1 << 22;
 
 template <typename Math, typename X>
-bool launch_adapter_forward(const AdapterForward& p, Stream stream, const AdapterRequest& request) {
+bool launch_adapter_forward(const AdapterOrArcForward& p, const AdapterRequest& request, const Stream* stream) {
   if (p.dim > kMaxDim) return false;
-  return for_rank(p.rank, [&](auto ranks) { return launch_adapter_forward<Math, X, ranks>(p, stream, request); });
+  return for_rank(p.rank, [&](auto ranks) { return launch_adapter_forward<Math, X, ranks>(p, request, stream); });
 }
 
 template <typename Math, typename X>
-int64_t launch_adapter_backward(const AdapterBackward& p, const AdapterRequest& request,
+int64_t launch_adapter_backward(const AdapterOrArcBackward& p, const AdapterRequest& request,
                                 const AdapterBackwardRun* run) {
   if (p.dim > kMaxDim) return -1;
   return for_rank(p.rank, [&](auto ranks) { return launch_adapter_backward<Math, X, ranks>(p, request, run); });

@@ -1,4 +1,5 @@
-// How do the adapter's weights get their gradients? In two kernels behind the one that finds gx; the mathematics is in
+// How do the weights of an adapter, or of ARC, get their gradients? In two kernels behind the one that finds gx; the
+// mathematics is in
 // ../common/adapter.h.
 //
 // The idea. G = g'ᵀ · z and g_down = ghᵀ · x are two products over all rows (reduction.cuh): stage one sums slices of
@@ -75,37 +76,42 @@ struct AdapterReductionOperands {
 };
 
 // By the shape alone, the places also by what is asked for. The workspace holds of each slice what its rows add to G,
-// Σg', g_down and Σgh; then each block's part of a scalar scale's gradient; then the number of blocks that have ended.
+// Σg', g_down and Σgh; then each block's part of the gradient of a scalar scale, or of ARC's rescale; then the number
+// of blocks that have ended.
 struct AdapterReductionPlan {
   bool served = true;  // false: not in as many slices as are asked for, or not on this device
   int slices = 0;
   int64_t slice_rows = 0;
   int up_tiles = 0, down_tiles = 0;  // of columns, in a slice; 0: nothing is asked for
-  int64_t up_sums = 0, down_product = 0, down_sums = 0, scale_parts = 0, ended = 0;  // where they begin, in bytes
-  int64_t bytes = 0;                                                                 // 0: there is nothing to do
+  int64_t up_sums = 0, down_product = 0, down_sums = 0, parts = 0, ended = 0;  // where they begin, in bytes
+  int64_t bytes = 0;                                                           // 0: there is nothing to do
 };
 
+// Floats that ARC's stage two leaves behind for its last block.
+int64_t arc_reduction_end_parts(int64_t dim, int64_t rank);
+
 template <typename Math>
-AdapterReductionPlan plan_adapter_reduction(const AdapterBackward& p, int asked_slices) {
-  const bool up_sums = p.needs_grad_sum(), down_product = p.down_grad.data, down_sums = p.down_bias_grad.data;
+AdapterReductionPlan plan_adapter_reduction(const AdapterOrArcBackward& p, int asked_slices) {
+  const bool up_sums = p.needs_grad_sum(), down_product = p.needs_down_product(), down_sums = p.down_bias_grad.data;
   AdapterReductionPlan plan;
   if (!p.needs_up_product() && !up_sums && !down_product && !down_sums) return plan;
   // Of one slice, in bytes.
   const auto bytes_of = [](bool needs, int64_t count) { return needs ? count * int64_t(sizeof(float)) : 0; };
   const int64_t up_product_bytes = bytes_of(p.needs_up_product(), ReductionProduct::size<Math>(p.rank, p.dim, false));
   const int64_t up_sums_bytes = bytes_of(up_sums, p.dim);
-  const int64_t down_product_bytes = bytes_of(down_product, ReductionProduct::size<Math>(p.rank, p.dim, true));
+  const bool by_rank = !p.is_arc();
+  const int64_t down_product_bytes = bytes_of(down_product, ReductionProduct::size<Math>(p.rank, p.dim, by_rank));
   const int64_t down_sums_bytes = bytes_of(down_sums, p.rank);
   // Of all, so that a gradient has the same bits whatever else is asked for.
   const int64_t slice_bytes = bytes_of(true, ReductionProduct::size<Math>(p.rank, p.dim, false) + p.dim +
-                                                 ReductionProduct::size<Math>(p.rank, p.dim, true) + p.rank);
-  // No more than one of each channel.
-  const int64_t scale_bytes = bytes_of(true, p.dim);
+                                                 ReductionProduct::size<Math>(p.rank, p.dim, by_rank) + p.rank);
+  // A scalar scale has no more than one of each channel.
+  const int64_t part_bytes = bytes_of(true, p.is_arc() ? arc_reduction_end_parts(p.dim, p.rank) : p.dim);
   // 16 MB beside what the kernel before leaves behind, of which the padding is counted here; and a little for the
   // places between.
   const int64_t padding = p.rows * (padded_rank<Math>(p.rank) - p.rank) * int64_t(sizeof(float));
   // Where there are so many rows that the padding alone is more, 4 MB on top of it.
-  const int64_t most = std::max<int64_t>((16 << 20) - padding, 4 << 20) - 256 - scale_bytes;
+  const int64_t most = std::max<int64_t>((16 << 20) - padding, 4 << 20) - 256 - part_bytes;
   for_rank(p.rank, [&](auto ranks) {
     constexpr int kColumns = ReductionShape<Math, ranks>::kColumns;
     const int tiles = int((p.dim + kColumns - 1) / kColumns);
@@ -126,143 +132,21 @@ AdapterReductionPlan plan_adapter_reduction(const AdapterBackward& p, int asked_
   plan.up_sums = place(plan.slices * up_sums_bytes);
   plan.down_product = place(plan.slices * down_product_bytes);
   plan.down_sums = place(plan.slices * down_sums_bytes);
-  plan.scale_parts = place(scale_bytes);
+  plan.parts = place(part_bytes);
   plan.ended = place(sizeof(int));
   return plan;
 }
 
-// Stage two. A group of lanes has a row of (dim, rank), a lane quads of it; then a thread has a quad of (rank, dim);
-// then one has an element of (rank).
-struct AdapterReductionEnd {
-  static constexpr int kMaxThreads = 128, kMinBlocks = 8;
-  static constexpr bool kNeedsSm80 = false;
-
-  AdapterBackward p;
-  int slices;
-  int padded_rank;
-  int64_t up_threads = 0, down_threads = 0;  // in whole warps; 0: nothing of it is asked for
-  int group = 1;                             // lanes, a power of two
-  // As plan_adapter_reduction() places them.
-  const float *up_product = nullptr, *up_sums = nullptr, *down_product = nullptr, *down_sums = nullptr;
-  float* scale_parts = nullptr;
-  int* ended = nullptr;
-
-  VA_DEVICE void operator()() const {
-    const int64_t thread = block_index() * thread_count() + thread_index();
-    float by_scale = 0;
-    if (thread < up_threads) {
-      by_scale = finish_up(thread / group, int(thread % group));
-    } else if (thread < up_threads + down_threads) {
-      finish_down(thread - up_threads);
-    } else if (p.down_bias_grad.data && thread - up_threads - down_threads < p.rank) {
-      const int64_t rank = thread - up_threads - down_threads;
-      store(p.down_bias_grad, rank, sum_slices(down_sums + rank, p.rank));
-    }
-    const int parts = int((up_threads + kMaxThreads - 1) / kMaxThreads);
-    if (p.scale_grad.data && !p.scale_is_channel && block_index() < parts) finish_scale(by_scale, parts);
-  }
-
-  // Returns what the column adds to a scalar scale's gradient, in one of its lanes.
-  VA_DEVICE float finish_up(int64_t column, int lane) const {
-    // All lanes of a warp take part in shuffles.
-    const bool inside = column < p.dim;
-    const float scale = inside ? p.scale_at<float>(column) : 0.0f;
-    float by_scale = 0;
-    for (int rank = 4 * lane; p.needs_up_product() && inside && rank < p.rank; rank += 4 * group) {
-      float quad[4];
-      sum_slices(quad, up_product + column * padded_rank + rank, p.dim * padded_rank);
-      VA_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        if (rank + i >= p.rank) break;
-        const int64_t index = column * p.rank + rank + i;
-        if (p.scale_grad.data) by_scale += rounded(load<float>(p.up, index), p.compute) * quad[i];
-        if (p.up_grad.data) store(p.up_grad, index, scale * quad[i]);
-      }
-    }
-    for (int other = group / 2; p.scale_grad.data && other; other /= 2) {
-      by_scale += float_of(shuffle_xor(bits_of(by_scale), other));
-    }
-    if (!inside || lane) return 0;
-    const float sum = p.needs_grad_sum() ? sum_slices(up_sums + column, p.dim) : 0.0f;
-    if (p.up_bias_grad.data) store(p.up_bias_grad, column, scale * sum);
-    if (!p.scale_grad.data) return 0;
-    if (p.up_bias.data) by_scale += load<float>(p.up_bias, column) * sum;
-    if (p.scale_is_channel) store(p.scale_grad, column, by_scale);
-    return by_scale;
-  }
-
-  VA_DEVICE void finish_down(int64_t index) const {
-    const int64_t padded = ReductionProduct::padded_columns(p.dim), quads = padded / 4;
-    const int64_t rank = index / quads, column = (index - rank * quads) * 4;
-    if (rank >= p.rank) return;
-    float quad[4];
-    sum_slices(quad, down_product + rank * padded + column, p.rank * padded);
-    VA_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if (column + i < p.dim) store(p.down_grad, rank * p.dim + column + i, quad[i]);
-    }
-  }
-
-  // The last block to end adds the blocks' parts.
-  VA_DEVICE void finish_scale(float by_scale, int parts) const {
-    struct Threads {
-      float by_scale[kMaxThreads];
-    };
-    VA_SHARED(Threads, threads);
-    threads.by_scale[thread_index()] = by_scale;
-    sync_threads();
-    if (warp_index()) return;
-    const int lane = lane_index();
-    const float part = sum_of_warp(kMaxThreads, [&](int i) { return threads.by_scale[i]; });
-    if (lane == 0) scale_parts[block_index()] = part;
-    if (!is_last_warp(ended, parts)) return;
-    const float sum = sum_of_warp(parts, [&](int i) { return scale_parts[i]; });
-    if (lane == 0) store(p.scale_grad, 0, sum);
-  }
-  template <typename Term>
-  VA_DEVICE static float sum_of_warp(int count, const Term& term) {
-    float sum = 0;
-    for (int i = lane_index(); i < count; i += 32) sum += term(i);
-    for (int other = 16; other; other /= 2) sum += float_of(shuffle_xor(bits_of(sum), other));
-    return sum;
-  }
-
-  // In their order, and several loads under way at a time. `size`: elements of a slice.
-  VA_DEVICE void sum_slices(float (&to)[4], const float* from, int64_t size) const {
-    sum_slices(to, [&](int slice) { return load16(from + slice * size); });
-  }
-  VA_DEVICE float sum_slices(const float* from, int64_t size) const {
-    struct Word {
-      uint32_t word[1];
-    };
-    float sum[1];
-    sum_slices(sum, [&](int slice) { return Word{{load4(from + slice * size)}}; });
-    return sum[0];
-  }
-  template <int kCount, typename Load>
-  VA_DEVICE void sum_slices(float (&to)[kCount], const Load& load_slice) const {
-    constexpr int kUnderWay = 8;
-    VA_UNROLL
-    for (int i = 0; i < kCount; ++i) to[i] = 0;
-    for (int first = 0; first < slices; first += kUnderWay) {
-      decltype(load_slice(0)) loaded[kUnderWay] = {};
-      VA_UNROLL
-      for (int s = 0; s < kUnderWay; ++s) {
-        if (first + s < slices) loaded[s] = load_slice(first + s);
-      }
-      VA_UNROLL
-      for (int s = 0; s < kUnderWay; ++s) {
-        VA_UNROLL
-        for (int i = 0; i < kCount; ++i) to[i] += float_of(loaded[s].word[i]);
-      }
-    }
-  }
-};
-
+// Stage two (adapter_reduction_end.cu, arc_reduction_end.cu), which every arithmetic shares. padded_rank: of the
+// slices' sums, which ARC has both as (dim, padded_rank).
+void launch_adapter_reduction_end(const AdapterOrArcBackward& p, const AdapterReductionPlan& plan, int padded_rank,
+                                  void* workspace, Stream stream);
+void launch_arc_reduction_end(const AdapterOrArcBackward& p, const AdapterReductionPlan& plan, int padded_rank,
+                              void* workspace, Stream stream);
 // hidden_grad, z: (rows, padded_rank()) as Math's dtype is, zeros beyond the rank, at multiples of 16 bytes; null where
 // they are not needed, and z where Math has 4 bytes. workspace: plan.bytes, at a multiple of 16 bytes.
 template <typename Math>
-void launch_adapter_reduction(const AdapterBackward& p, const AdapterReductionPlan& plan, const void* hidden_grad,
+void launch_adapter_reduction(const AdapterOrArcBackward& p, const AdapterReductionPlan& plan, const void* hidden_grad,
                               const void* z, void* workspace, Stream stream) {
   if (!plan.bytes) return;
   const auto at = [&](int64_t bytes) { return reinterpret_cast<float*>(static_cast<char*>(workspace) + bytes); };
@@ -285,7 +169,8 @@ void launch_adapter_reduction(const AdapterBackward& p, const AdapterReductionPl
   if (plan.down_tiles) {
     products[1] = {
         side({hidden_grad, Math::kDType}, padded, rank, p.down_bias_grad.data ? at(plan.down_sums) : nullptr),
-        side(p.x, dim, dim, nullptr), plan.down_tiles, p.down_grad.data ? at(plan.down_product) : nullptr, true};
+        side(p.x, dim, dim, nullptr), plan.down_tiles, p.needs_down_product() ? at(plan.down_product) : nullptr,
+        !p.is_arc()};
   }
   const AdapterReductionOperands<Math> operands{p.activation, p.dropout,         p.dropout_out,
                                                 p.drop_path,  p.rows_per_sample, 1.0 / double(p.rows_per_sample)};
@@ -302,21 +187,8 @@ void launch_adapter_reduction(const AdapterBackward& p, const AdapterReductionPl
   } else {
     start(std::false_type());
   }
-
-  AdapterReductionEnd end{p, plan.slices, padded};
-  end.up_product = at(0);
-  end.up_sums = at(plan.up_sums);
-  end.down_product = at(plan.down_product);
-  end.down_sums = at(plan.down_sums);
-  end.scale_parts = at(plan.scale_parts);
-  end.ended = ended;
-  const auto whole_warps = [](int64_t threads) { return (threads + 31) / 32 * 32; };
-  while (p.needs_up_product() && end.group < 32 && 4 * end.group < p.rank) end.group *= 2;
-  if (plan.up_tiles) end.up_threads = whole_warps(p.dim * end.group);
-  if (p.down_grad.data) end.down_threads = whole_warps(p.rank * ReductionProduct::padded_columns(p.dim) / 4);
-  const int64_t threads = end.up_threads + end.down_threads + (p.down_bias_grad.data ? p.rank : 0);
-  constexpr int kThreads = AdapterReductionEnd::kMaxThreads;
-  launch(stream, (threads + kThreads - 1) / kThreads, kThreads, 0, end);
+  if (p.is_arc()) return launch_arc_reduction_end(p, plan, padded, workspace, stream);
+  launch_adapter_reduction_end(p, plan, padded, workspace, stream);
 }
 
 }  // namespace vitadapter::cuda

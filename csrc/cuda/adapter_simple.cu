@@ -15,9 +15,11 @@ constexpr int64_t kRun = 64;
 template <typename T, typename Term>
 VA_HOST_DEVICE T sum_in_runs(int64_t count, const Term& term) {
   double total = 0;
+  VA_ROLL
   for (int64_t begin = 0; begin < count; begin += kRun) {
     const int64_t end = begin + kRun < count ? begin + kRun : count;
     T run = 0;
+    VA_ROLL
     for (int64_t i = begin; i < end; ++i) run += term(i);
     total += run;
   }

@@ -65,29 +65,31 @@ struct SandwichPlan {
 // The tensors and the plan of one launch.
 struct Sandwich {
   int64_t rows = 0, dim = 0, rank = 0;
-  Operand x;               // (rows, dim); null: there is no first product, and nothing of y either
-  Operand first, second;   // (dim, rank) or (rank, dim), as a Form says
+  Operand x;              // (rows, dim); null: there is no first product, and nothing of y either
+  Operand first, second;  // (dim, rank) or (rank, dim), as a Form says, or these where it leaves that open
+  bool first_by_dim = false, second_by_dim = false;
   Operand base;            // (rows, dim), may be x; null: 0
   Result y;                // (rows, dim); null: not asked for
-  bool changes_x = false;  // whether begin_chunk() leaves x as it is multiplied in `changed`
+  bool changes_x = false;  // whether begin_chunk() leaves x as it is multiplied in changed_panel()
   SandwichPlan plan;
   bool x_aligned = false, base_aligned = false;  // rows begin at multiples of 16 bytes
   bool y_aligned = false;                        // and of four elements
   Alignment first_alignment = Alignment::kElement, second_alignment = Alignment::kElement;
 };
 
-// What every kernel of a kind has in common at compile time. X: how x is stored: Math, or Float32, or, where Math is
-// Float32, anything. By dim: a weight is (dim, rank) in memory, else (rank, dim). In quads: see LeftPanel. Scales: the
-// first weight's rows may have a scale. Changes: x may be changed before it is multiplied.
-template <typename TheMath, typename TheX, int kTheRanks, bool kTheFirstByDim, bool kTheSecondByDim, bool kInQuads,
+// What every kernel of a kind has in common at compile time. X: how x is stored: Math, or Float32. Where Math is
+// Float32, x may have 2 bytes, too: it is widened before it is multiplied. In quads: see LeftPanel. Scales: the first
+// weight's rows may have a scale. Changes: x may be changed before it is multiplied.
+template <typename TheMath, typename TheX, int kTheRanks, Layout kTheFirst, Layout kTheSecond, bool kInQuads,
           bool kScales, bool kChanges>
 struct SandwichForm {
   using Math = TheMath;
   using X = TheX;
   static constexpr int kRanks = kTheRanks;
-  static constexpr bool kFirstByDim = kTheFirstByDim, kSecondByDim = kTheSecondByDim;
+  static constexpr Layout kFirst = kTheFirst, kSecond = kTheSecond;
   static constexpr bool kFirstInQuads = Math::kBytes == 2 && kInQuads;
-  static constexpr bool kScalesFirst = kScales, kChangesFirst = kChanges;
+  static constexpr bool kWidensX = kSame<Math, Float32>;
+  static constexpr bool kScalesFirst = kScales, kChangesFirst = kChanges || kWidensX;
 };
 
 // One thread at work. Each kernel derives its own from this, with
@@ -95,7 +97,8 @@ struct SandwichForm {
 //     which finds x · first of a block of ranks in `hidden` and puts the middle into middle_panel(block);
 //   void finish(Product& product, int chunk, unsigned char* chunk_weights, int64_t first_row)
 //     which finds middle · second of a chunk of columns in `product` and ends with write();
-// `first_row` is this warp's. It may replace begin_tile(), begin_chunk(), fetch_columns() and store_columns().
+// `first_row` is this warp's. It may replace begin_tile(), begin_chunk(), end_middle(), fetch_columns() and
+// store_columns().
 template <typename Form, typename Derived>
 struct SandwichWorker {
   using Math = typename Form::Math;
@@ -152,7 +155,11 @@ struct SandwichWorker {
     if (load_tile >= plan.tiles) return;
     const int chunks = plan.chunks;
     if (load_index < chunks) {
-      copy_chunk<X::kBytes>(job.x.data, job.x_aligned, load_index == 0);
+      if (Form::kWidensX && job.x.dtype != DType::kFloat32) {
+        copy_chunk<2>(job.x.data, job.x_aligned, load_index == 0);
+      } else {
+        copy_chunk<X::kBytes>(job.x.data, job.x_aligned, load_index == 0);
+      }
     } else if (job.base.dtype == DType::kFloat32) {
       copy_chunk<4>(job.base.data, job.base_aligned, load_index == chunks);
     } else {
@@ -225,12 +232,16 @@ struct SandwichWorker {
 
   VA_DEVICE void begin_pass(bool second) {
     stream.begin(second, second ? job.second : job.first, second ? job.second_alignment : job.first_alignment,
-                 int(job.dim), int(job.rank));
+                 int(job.dim), int(job.rank), second ? job.second_by_dim : job.first_by_dim);
   }
 
   // Before the first pass of a tile, and before the first product with each of its chunks.
   VA_DEVICE void begin_tile(int64_t) {}
-  VA_DEVICE void begin_chunk(int, int64_t) {}
+  VA_DEVICE void begin_chunk(int, int64_t) {
+    if constexpr (Form::kWidensX) change_chunk([](float (&)[4], int, int) {});
+  }
+  // When the middle of all of a tile's ranks has been put into its panels.
+  VA_DEVICE void end_middle(int64_t) {}
   // What a kernel keeps of each column of y beside the weights of its chunk, fetched and stored as those are.
   VA_DEVICE void fetch_columns(int) {}
   VA_DEVICE void store_columns(unsigned char*) const {}
@@ -282,6 +293,7 @@ struct SandwichWorker {
           if (block < blocks()) self().middle(hidden[block], block, first_row);
         }
       }
+      self().end_middle(tile);
       if (!job.y.data) continue;
       sync_threads();
       second_pass(first_row, load, goes_on);
@@ -310,23 +322,30 @@ struct SandwichWorker {
         const bool needs = last && (same_pass || streams_base() || (!job.y.data && goes_on));
         const int next_chunk = last ? chunk + 1 : chunk, next_block = last ? 0 : block + 1;
         step(next_chunk, next_block, needs ? load + chunk + 1 : -1, last, [&](unsigned char* chunk_weights) {
-          const RightPanel<Form::kFirstByDim, Form::kFirstByDim ? S::kRankBytes : 128> right{
-              {chunk_weights, Form::kFirstByDim ? S::kChunk : S::kBlock}, column_warp * S::kRankTiles * 8};
           if (block == 0) self().begin_chunk(chunk, first_row);
-          // Registers have no addresses: the block's number must be a constant.
-          VA_UNROLL
-          for (int each = 0; each < S::kBlocks; ++each) {
-            if (S::kBlocks > 1 && each != block) continue;
-            if (Form::kChangesFirst && job.changes_x) {
-              const LeftPanel<Math, Form::kFirstInQuads, 128> left{changed_panel(), warp_row};
-              multiply<Math, S::kChunk>(hidden[each], left, right);
-            } else {
-              const LeftPanel<X, Form::kFirstInQuads, 128> left{place(reading), warp_row};
-              multiply<Math, S::kChunk>(hidden[each], left, right);
+          with_layout<Form::kFirst>(job.first_by_dim, [&]<bool kByDim>() {
+            const RightPanel<kByDim, kByDim ? S::kRankBytes : 128> right{
+                {chunk_weights, kByDim ? S::kChunk : S::kBlock}, column_warp * S::kRankTiles * 8};
+            // Registers have no addresses: the block's number must be a constant.
+            VA_UNROLL
+            for (int each = 0; each < S::kBlocks; ++each) {
+              if (S::kBlocks == 1 || each == block) multiply_first(hidden[each], right);
             }
-          }
+          });
         });
       }
+    }
+  }
+
+  template <typename Right>
+  VA_DEVICE void multiply_first(Hidden& hidden, const Right& right) const {
+    if constexpr (Form::kChangesFirst && kSame<X, Math>) {
+      const Panel<128> panel = job.changes_x ? changed_panel() : place(reading);
+      multiply<Math, S::kChunk>(hidden, LeftPanel<Math, Form::kFirstInQuads, 128>{panel, warp_row}, right);
+    } else if (Form::kChangesFirst && job.changes_x) {
+      multiply<Math, S::kChunk>(hidden, LeftPanel<Math, Form::kFirstInQuads, 128>{changed_panel(), warp_row}, right);
+    } else {
+      multiply<Math, S::kChunk>(hidden, LeftPanel<X, Form::kFirstInQuads, 128>{place(reading), warp_row}, right);
     }
   }
 
@@ -341,11 +360,12 @@ struct SandwichWorker {
         const int needed = same_pass ? load + plan.chunks + chunk + 1 : load + loads_per_tile();
         const int next_chunk = last ? chunk + 1 : chunk, next_block = last ? 0 : block + 1;
         step(next_chunk, next_block, needs ? needed : -1, last, [&](unsigned char* chunk_weights) {
-          constexpr bool kByRows = !Form::kSecondByDim;
-          const RightPanel<kByRows, kByRows ? 128 : S::kRankBytes> right{
-              {chunk_weights, kByRows ? S::kBlock : S::kChunk}, column_warp * S::kColumnTiles * 8};
-          multiply<Math, S::kBlock>(product, LeftPanel<Math, false, S::kRankBytes>{middle_panel(block), warp_row},
-                                    right);
+          with_layout<Form::kSecond>(job.second_by_dim, [&]<bool kByDim>() {
+            const RightPanel<!kByDim, kByDim ? S::kRankBytes : 128> right{
+                {chunk_weights, kByDim ? S::kChunk : S::kBlock}, column_warp * S::kColumnTiles * 8};
+            multiply<Math, S::kBlock>(product, LeftPanel<Math, false, S::kRankBytes>{middle_panel(block), warp_row},
+                                      right);
+          });
           if (last) self().finish(product, chunk, chunk_weights, first_row);
         });
       }
@@ -359,6 +379,24 @@ struct SandwichWorker {
   }
 
   VA_DEVICE Panel<128> changed_panel() const { return {changed, plan.tile_rows}; }
+
+  // Leaves a chunk of x in changed_panel(), each quad after change(quad, row of the tile, column of the chunk), if it
+  // is multiplied from there.
+  template <typename Change>
+  VA_DEVICE void change_chunk(const Change& change) {
+    if (!job.changes_x) return;
+    constexpr int kQuads = S::kChunk / 4;
+    VA_ROLL
+    for (int i = thread; i < plan.tile_rows * kQuads; i += thread_count()) {
+      const int row = i / kQuads, column = i % kQuads * 4;
+      float quad[4];
+      Form::kWidensX ? load_any(quad, job.x.dtype, place(reading), row, column)
+                     : load_quad<X>(quad, element<X>(place(reading), row, column));
+      change(quad, row, column);
+      store_quad<Math>(element<Math>(changed_panel(), row, column), quad);
+    }
+    sync_threads();
+  }
 
   // Calls body(m, tile, half, column, rank) for the quads of a block of ranks that a lane has: `tile` is the first of
   // two that make a quad; row 16 · m + 8 · half + g of the warp; `column` in the block.
@@ -375,10 +413,43 @@ struct SandwichWorker {
     }
   }
 
+  // A quad of the hidden layer that was kept, (rows, rank) of float32; what is not there is 0.
+  VA_DEVICE void load_hidden(float (&to)[4], const void* hidden, bool aligned, int64_t row, int rank) const {
+    const int inside = row < job.rows ? int(job.rank) - rank : 0;
+    const float* const from = static_cast<const float*>(hidden) + row * job.rank + rank;
+    VA_UNROLL
+    for (int i = 0; i < 4; ++i) to[i] = 0;
+    if (aligned) {
+      if (inside > 0) load_quad<Float32>(to, from);
+    } else {
+      VA_UNROLL
+      for (int i = 0; i < 4; ++i) to[i] = i < inside ? from[i] : 0.0f;
+    }
+  }
+
+  // Keeps a quad for the reduction, which sums biases in float32 where it may: TF32 is rounded later. matrix: (rows,
+  // padded_rank) as operands of Math; null: nobody asks.
+  VA_DEVICE static void keep(void* matrix, int padded_rank, int64_t row, int rank, const float (&quad)[4]) {
+    using Kept = std::conditional_t<kSame<Math, Tf32>, Float32, Math>;
+    if (!matrix) return;
+    store_quad<Kept>(static_cast<char*>(matrix) + (row * padded_rank + rank) * Kept::kBytes, quad);
+  }
+
   // The first of the four columns of a chunk that a lane has of two tiles side by side.
   VA_DEVICE int quad_column(int tile) const { return (column_warp * S::kColumnTiles + tile) * 8 + 4 * t; }
 
-  // Writes base + product. Without edges, without their tests.
+  // Writes base + product as y's dtype says if it is not float32: Math's own, or either of 2 bytes where that is
+  // Float32.
+  VA_DEVICE void write_narrow(const Product& product, int chunk, int64_t first_row) const {
+    if constexpr (Math::kBytes == 2) {
+      write<Math>(product, chunk, first_row);
+    } else if constexpr (kSame<Math, Float32>) {
+      job.y.dtype == DType::kBFloat16 ? write<BFloat16>(product, chunk, first_row)
+                                      : write<Float16>(product, chunk, first_row);
+    }
+  }
+
+  // The same as Y. Without edges, without their tests.
   template <typename Y>
   VA_DEVICE void write(const Product& product, int chunk, int64_t first_row) const {
     const bool whole = job.y_aligned && (chunk + 1) * S::kChunk <= job.dim && first_row + 16 * S::kRowTiles <= job.rows;
@@ -419,8 +490,15 @@ struct SandwichWorker {
   // y's dtype holds the base's.
   template <typename Y>
   VA_DEVICE void load_base(float (&to)[4], const Panel<128>& from, int row, int column) const {
-    if (Y::kBytes == 2 || job.base.dtype == Y::kDType) return load_quad<Y>(to, element<Y>(from, row, column));
-    if (job.base.dtype == DType::kBFloat16) return load_quad<BFloat16>(to, element<BFloat16>(from, row, column));
+    if constexpr (Y::kBytes == 2) {
+      load_quad<Y>(to, element<Y>(from, row, column));
+    } else {
+      load_any(to, job.base.dtype, from, row, column);
+    }
+  }
+  VA_DEVICE static void load_any(float (&to)[4], DType dtype, const Panel<128>& from, int row, int column) {
+    if (dtype == DType::kFloat32) return load_quad<Float32>(to, element<Float32>(from, row, column));
+    if (dtype == DType::kBFloat16) return load_quad<BFloat16>(to, element<BFloat16>(from, row, column));
     load_quad<Float16>(to, element<Float16>(from, row, column));
   }
 

@@ -10,6 +10,19 @@ namespace vitadapter::cuda {
 // What the rows of a weight may be loaded by.
 enum class Alignment : int { kElement, kPair, kVector };
 
+// How a weight lies in memory: (dim, rank), (rank, dim), or either, which is said at run time.
+enum class Layout : int { kByDim, kByRank, kEither };
+
+// Calls body<whether it is by dim>().
+template <Layout kLayout, typename Body>
+VA_DEVICE auto with_layout(bool by_dim, const Body& body) {
+  if constexpr (kLayout == Layout::kEither) {
+    return by_dim ? body.template operator()<true>() : body.template operator()<false>();
+  } else {
+    return body.template operator()<kLayout == Layout::kByDim>();
+  }
+}
+
 // An element as it is stored, and its value.
 VA_DEVICE uint32_t load_bits(const Operand& from, int64_t index) {
   return from.dtype == DType::kFloat32 ? static_cast<const uint32_t*>(from.data)[index]
@@ -20,15 +33,15 @@ VA_DEVICE float value_of(uint32_t bits, DType dtype) {
   return dtype == DType::kBFloat16 ? BFloat16::unpack(uint16_t(bits)) : Float16::unpack(uint16_t(bits));
 }
 
-// One thread's part in the two passes of a kernel of Shape S. In memory a weight is (dim, rank) or (rank, dim), as Form
-// says for either pass, so that it comes in chunks of (columns, ranks) or of (ranks, columns); their panels have them
-// in WeightOrder. Where Form says so, the first weight is multiplied by a scale of its rows.
+// One thread's part in the two passes of a kernel of Shape S. By its Layout, which Form says for either pass, a weight
+// comes in chunks of (columns, ranks) or of (ranks, columns); their panels have them in WeightOrder. Where Form says
+// so, the first weight is multiplied by a scale of its rows.
 template <typename S, typename Math, typename Form>
 struct WeightStream {
   const char* data;
   DType dtype;
   Alignment alignment;
-  bool second;
+  bool second, lies_by_dim;
   int rows, columns;
   // Of this thread's first piece: in a chunk, and in memory for the first chunk.
   int row, unit, index;
@@ -38,11 +51,13 @@ struct WeightStream {
   uint32_t scale_bits[S::kPiecesPerThread];         // of each piece's row
 
   // Turns to the weight of a pass, row-major in memory.
-  VA_DEVICE void begin(bool is_second, const Operand& weight, Alignment its_alignment, int dim, int rank) {
+  VA_DEVICE void begin(bool is_second, const Operand& weight, Alignment its_alignment, int dim, int rank,
+                       bool is_by_dim) {
     data = static_cast<const char*>(weight.data);
     dtype = weight.dtype;
     alignment = its_alignment;
     second = is_second;
+    lies_by_dim = is_by_dim;
     rows = by_dim() ? dim : rank;
     columns = by_dim() ? rank : dim;
     unit_bits = by_dim() ? log2_of(S::kRankUnits) : log2_of(S::kColumnUnits);
@@ -95,7 +110,7 @@ struct WeightStream {
     const auto at_unit = [&](int index) { return by_dim() ? of_dim.unit(row, index) : of_ranks.unit(row, index); };
     // In quads, 16 columns share their units: of each quad, the first pair goes to the first half of them.
     constexpr int kUnits = 16 / S::kPiece;
-    const bool in_quads = second ? SecondOrder::kColumnsInQuads : FirstOrder::kColumnsInQuads;
+    const bool in_quads = with_order([](auto order) { return order.kColumnsInQuads; });
     const int shared = unit - unit % kUnits + unit % kUnits / 2, half = unit % 2 * 8;
     unsigned char* const low = in_quads ? at_unit(shared) + half : at_unit(unit);
     unsigned char* const high = at_unit(shared + kUnits / 2) + half;
@@ -139,10 +154,19 @@ struct WeightStream {
   VA_DEVICE static constexpr int log2_of(int power) { return power == 1 ? 0 : 1 + log2_of(power / 2); }
 
   // The depth of the first product is the dim, that of the second the ranks.
-  using FirstOrder = WeightOrder<Math, Form::kFirstByDim, Form::kFirstInQuads>;
-  using SecondOrder = WeightOrder<Math, !Form::kSecondByDim, false>;
-  VA_DEVICE int row_at(int place) const { return second ? SecondOrder::row_at(place) : FirstOrder::row_at(place); }
-  VA_DEVICE bool by_dim() const { return second ? Form::kSecondByDim : Form::kFirstByDim; }
+  template <typename Body>
+  VA_DEVICE auto with_order(const Body& body) const {
+    const auto first = [&]<bool kByDim>() { return body(WeightOrder<Math, kByDim, Form::kFirstInQuads>()); };
+    const auto second_one = [&]<bool kByDim>() { return body(WeightOrder<Math, !kByDim, false>()); };
+    return second ? with_layout<Form::kSecond>(lies_by_dim, second_one) : with_layout<Form::kFirst>(lies_by_dim, first);
+  }
+  VA_DEVICE int row_at(int place) const {
+    return with_order([&](auto order) { return order.row_at(place); });
+  }
+  VA_DEVICE bool by_dim() const {
+    const auto same = [&]<bool kByDim>() { return kByDim; };
+    return second ? with_layout<Form::kSecond>(lies_by_dim, same) : with_layout<Form::kFirst>(lies_by_dim, same);
+  }
   // From a thread's first piece to the one with number i: the same in any order, as they are multiples of 16.
   VA_DEVICE int skipped_rows(int i) const { return i * (thread_count() >> unit_bits); }
 

@@ -284,7 +284,8 @@ struct Outputs {
 enum class Precision { kFloat32, kBFloat16, kFloat16, kFloat64, kTf32 };
 
 // Of kernels without tensor cores.
-inline Precision precision_of(const AdapterProblem& p) {
+template <typename Problem>
+Precision precision_of(const Problem& p) {
   switch (p.compute) {
     case DType::kFloat32: return Precision::kFloat32;
     case DType::kBFloat16: return Precision::kBFloat16;
@@ -292,9 +293,11 @@ inline Precision precision_of(const AdapterProblem& p) {
     default: return Precision::kFloat64;
   }
 }
-// Of kernels with them, whose float32 products are TF32's where that is allowed.
-inline Precision tensor_core_precision(const AdapterProblem& p) {
-  const bool tf32 = p.allow_tf32 && p.compute == DType::kFloat32;
+// Of kernels with them, whose float32 products are TF32's where that is allowed; in vain where x is no float32 to begin
+// with.
+template <typename Problem>
+Precision tensor_core_precision(const Problem& p) {
+  const bool tf32 = p.allow_tf32 && p.compute == DType::kFloat32 && p.x.dtype == DType::kFloat32;
   return tf32 ? Precision::kTf32 : precision_of(p);
 }
 
@@ -486,7 +489,8 @@ inline double epsilon(DType dtype) {
 
 inline int failures = 0;
 
-inline void compare(const char* kernel, int number, const Case& c, const Outputs& outputs, const Exact& e) {
+template <typename AnyCase, typename AnyOutputs>
+void compare(const char* kernel, int number, const AnyCase& c, const AnyOutputs& outputs, const Exact& e) {
   size_t output = 0;
   for (auto [name, buffer] : outputs.all()) {
     const std::vector<Sum>& sums = e[output++];

@@ -9,39 +9,19 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <map>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "adapter_cases.h"
-#include "cpu/memory.h"
+#include "cpu_checks.h"
 #include "cuda/adapter.h"
 
 using namespace vitadapter;
 using namespace vitadapter::test;
 
 namespace {
-
-template <int kThreads>
-void thread_pool(int64_t begin, int64_t end, int64_t, cpu::RangeFunction function, void* context) {
-  std::vector<std::thread> threads;
-  auto bound = [&](int64_t t) { return begin + (end - begin) * t / kThreads; };
-  for (int64_t t = 1; t < kThreads; ++t) {
-    if (bound(t) < bound(t + 1)) threads.emplace_back(function, bound(t), bound(t + 1), context);
-  }
-  // The caller takes part, as in PyTorch's pool: what it has in its workspace must outlive that.
-  if (begin < bound(1)) function(begin, bound(1), context);
-  for (std::thread& thread : threads) thread.join();
-}
-
-// What a kernel leaves in this thread's workspaces, the next one must not read.
-void poison_workspaces() {
-  constexpr int64_t kBytes = 4 << 20;
-  for (cpu::Slot slot : {cpu::Slot::kThread, cpu::Slot::kCall}) memset(cpu::workspace(slot, kBytes), 0xff, kBytes);
-}
 
 Rounds rounds_at(cpu::Level level, const AdapterProblem& p) {
   const bool portable = level == cpu::Level::kPortable || p.x.dtype == DType::kFloat64 || p.rows == 0;

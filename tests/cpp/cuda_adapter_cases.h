@@ -1,4 +1,5 @@
-// Which problems do the tests of the adapter's fast CUDA kernels run, on which emulated devices, and what must hold? A
+// Which problems do the tests of the adapter's fast CUDA kernels run, on which emulated devices, and what must hold of
+// these kernels and of other ops'? A
 // trial is a problem, a device, a plan where it fits, and the gradients that are asked for. Its forward pass, and then
 // its backward pass on the hidden layer, must be as right as the float64 loops of adapter_cases.h say, and the same to
 // the last bit in every order of threads, on every device and by every plan.
@@ -113,6 +114,12 @@ struct Trial {
   bool keeps_hidden = true;
 };
 
+// What may stand beside float32: one low dtype, bfloat16 where the numbers do not say.
+inline DType low_beside(const Numbers& numbers) {
+  if (numbers.x != DType::kFloat32) return numbers.x;
+  return numbers.compute != DType::kFloat32 ? numbers.compute : DType::kBFloat16;
+}
+
 inline Trial make_trial(const std::vector<int>& choice) {
   Trial trial;
   CaseOptions& o = trial.options;
@@ -125,8 +132,7 @@ inline Trial make_trial(const std::vector<int>& choice) {
   o.compute = numbers.compute;
   o.allow_tf32 = numbers.allow_tf32;
   trial.needs = kNeeds[size_t(choice[kNeedsFactor])];
-  // What may stand beside float32: one low dtype, bfloat16 where the case does not say.
-  const DType low = o.x != DType::kFloat32 ? o.x : o.compute != DType::kFloat32 ? o.compute : DType::kBFloat16;
+  const DType low = low_beside(numbers);
   const auto of = [&](int bits, int bit) { return bits >> bit & 1 ? low : DType::kFloat32; };
   if (choice[kResidual]) o.residual = of(choice[kResidual], 1);
   o.down = of(choice[kWeights], 0);
@@ -165,45 +171,68 @@ struct Workspace {
   }
 };
 
+// How the tests call an op's fast kernels, by its Case.
+template <typename AnyCase>
+struct Kernels;
+
+template <>
+struct Kernels<Case> {
+  static constexpr const char* kName = "fast adapter kernels";
+  using AllOutputs = Outputs;
+  static bool forward(const AdapterForward& problem, const AdapterRequest& request) {
+    return cuda::adapter_forward_fast(problem, nullptr, request);
+  }
+  static int64_t workspace(const AdapterBackward& problem, const AdapterRequest& request) {
+    return cuda::adapter_backward_workspace(problem, request);
+  }
+  static bool backward(const AdapterBackward& problem, void* workspace, const AdapterRequest& request) {
+    return cuda::adapter_backward_fast(problem, workspace, nullptr, request);
+  }
+};
+
 // Where a plan that is asked for does not fit, the kernel's own choice.
-inline bool run_forward(const AdapterForward& problem, const AdapterRequest& request) {
-  return cuda::adapter_forward_fast(problem, nullptr, request) || cuda::adapter_forward_fast(problem, nullptr);
+template <typename AnyCase = Case, typename Problem>
+bool run_forward(const Problem& problem, const AdapterRequest& request) {
+  return Kernels<AnyCase>::forward(problem, request) || Kernels<AnyCase>::forward(problem, {});
 }
 // Of as many slices, on which the sums may depend.
-inline bool run_backward(const AdapterBackward& problem, AdapterRequest request) {
-  int64_t bytes = cuda::adapter_backward_workspace(problem, request);
+template <typename AnyCase = Case, typename Problem>
+bool run_backward(const Problem& problem, AdapterRequest request) {
+  int64_t bytes = Kernels<AnyCase>::workspace(problem, request);
   if (bytes < 0) {
     request = {0, -1, request.slices};
-    bytes = cuda::adapter_backward_workspace(problem, request);
+    bytes = Kernels<AnyCase>::workspace(problem, request);
   }
-  return bytes >= 0 && cuda::adapter_backward_fast(problem, Workspace(bytes).bytes.get(), nullptr, request);
+  return bytes >= 0 && Kernels<AnyCase>::backward(problem, Workspace(bytes).bytes.get(), request);
 }
 
 inline void expect(bool holds, const std::string& what) {
   if (holds) return;
-  std::printf("fast adapter kernels: %s\n", what.c_str());
+  std::printf("fast kernels: %s\n", what.c_str());
   ++failures;
 }
 
-// How the fast kernels round: where x is no float32 to begin with, TF32 is allowed in vain.
+// How the fast kernels round.
 inline Exact exact_of(const Case& c) {
-  const Precision precision = c.x.dtype == DType::kFloat32 ? tensor_core_precision(c.forward) : precision_of(c.forward);
+  const Precision precision = tensor_core_precision(c.forward);
   return exact(c, precision, precision == Precision::kTf32 ? Rounds::kMiddle : Rounds::kHiddenGrad);
 }
 
-inline void check_trial(int number, const Trial& trial, const Case& c, const Exact& e, int orders) {
-  constexpr const char* kKernels = "fast adapter kernels";
+template <typename AnyCase>
+void check_trial(int number, const Trial& trial, const AnyCase& c, const Exact& e, int orders) {
+  using AllOutputs = typename Kernels<AnyCase>::AllOutputs;
+  constexpr const char* kKernels = Kernels<AnyCase>::kName;
   settings = trial.settings;
   // The backward pass has the hidden layer from a run of its own where this trial's do not keep it.
-  Outputs first(c, trial.needs), keeper(c, 0);
+  AllOutputs first(c, trial.needs), keeper(c, 0);
   if (!trial.keeps_hidden) {
-    run_forward(keeper.forward(c), trial.request);
+    run_forward<AnyCase>(keeper.forward(c), trial.request);
     first.hidden = Buffer();
   }
   for (int order = 0; order < orders; ++order) {
-    Outputs other(c, trial.needs);
+    AllOutputs other(c, trial.needs);
     if (!trial.keeps_hidden) other.hidden = Buffer();
-    Outputs& outputs = order ? other : first;
+    AllOutputs& outputs = order ? other : first;
     settings = trial.settings;
     settings.order = uint64_t(number) * 1000 + uint64_t(order);
     AdapterRequest request = trial.request;
@@ -214,10 +243,10 @@ inline void check_trial(int number, const Trial& trial, const Case& c, const Exa
       request = kRequests[size_t(order) % kRequests.size()];
       request.slices = trial.request.slices;
     }
-    bool served = run_forward(outputs.forward(c), request);
-    AdapterBackward backward = outputs.backward(c);
+    bool served = run_forward<AnyCase>(outputs.forward(c), request);
+    auto backward = outputs.backward(c);
     backward.hidden = (trial.keeps_hidden ? first : keeper).hidden.bytes;
-    served = served && run_backward(backward, request);
+    served = served && run_backward<AnyCase>(backward, request);
     if (!served) return expect(false, "case " + std::to_string(number) + " is not served");
     if (order == 0) {
       compare(kKernels, number, c, first, e);

@@ -2,8 +2,8 @@
 // several orders of their threads, under AddressSanitizer and UBSan.
 //
 //   cuda_test                     the emulator itself, every kernel on sampled cases, planted faults: a few minutes
-//   cuda_test samples 5 [60]      the sampled cases of another seed, or 60 of them
-//   cuda_test everywhere [1/4]    every combination of sizes and dtypes, or a part: an hour
+//   cuda_test samples 5 [60]      the sampled cases of another seed, or 60 of each op's
+//   cuda_test everywhere [1/4]    every combination of the adapter's sizes and dtypes, or a part: an hour
 //   cuda_test launches            JSON: threads and shared memory of each kernel, for benchmarks/resources.py
 #include "cuda_test.h"
 
@@ -19,14 +19,15 @@ int main(int argc, char** argv) {
   const char* const what = argc > 1 ? argv[1] : "";
   int found = 0;
   if (!*what) {
-    found = check_emulator() + check_adapter_samples(1, kAll) + check_adapter_limits() + check_adapter_faults();
+    found = check_emulator() + check_adapter_samples(1, kAll) + check_adapter_limits() + check_arc_samples(1, kAll) +
+            check_arc_limits() + check_faults();
   } else if (!std::strcmp(what, "samples")) {
     const int seed = argc > 2 ? std::atoi(argv[2]) : 0, most = argc > 3 ? std::atoi(argv[3]) : kAll;
     if (seed < 1 || most < 1) {
       std::fprintf(stderr, "cuda_test: samples takes a seed and a number of cases, both from 1 on\n");
       return 2;
     }
-    found = check_adapter_samples(seed, most);
+    found = check_adapter_samples(seed, most) + check_arc_samples(seed, most);
   } else if (!std::strcmp(what, "everywhere")) {
     int part = 1, parts = 1;
     if (argc > 2 && (std::sscanf(argv[2], "%d/%d", &part, &parts) != 2 || part < 1 || part > parts)) {
@@ -35,7 +36,7 @@ int main(int argc, char** argv) {
     }
     found = check_adapter_everywhere(part, parts);
   } else if (!std::strcmp(what, "launches")) {
-    std::printf("%s\n", adapter_launches().c_str());
+    std::printf("%s\n", launches().c_str());
     return 0;
   } else {
     std::fprintf(stderr, "cuda_test: '%s' is none of: samples SEED, everywhere, launches\n", what);

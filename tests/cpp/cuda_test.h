@@ -13,14 +13,18 @@ int check_emulator();
 // cuda_adapter_limits_test.cpp
 int check_adapter_limits();
 
-// cuda_adapter_faults_test.cpp
-int check_adapter_faults();
+// cuda_faults_test.cpp
+int check_faults();
 
 // cuda_adapter_test.cpp
 int check_adapter_samples(int seed, int most);
 int check_adapter_everywhere(int part, int parts);
-// {"kernel": {"sm_80": {"threads": ..., "shared": ...}, ...}, ...}: how the kernels are launched on three
-// architectures.
-std::string adapter_launches();
+// {"kernel": {"sm_80": {"threads": ..., "shared": ...}, ...}, ...}: how the kernels of adapters and ARC are launched on
+// three architectures.
+std::string launches();
+
+// cuda_arc_test.cpp
+int check_arc_samples(int seed, int most);
+int check_arc_limits();
 
 }  // namespace vitadapter::test

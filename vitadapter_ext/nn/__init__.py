@@ -1,5 +1,6 @@
 """Drop-in modules over the ops; timm is not needed for them."""
 
 from .adapter import FusedAdapter
+from .arc import ARCBasis, FusedARC
 
-__all__ = ["FusedAdapter"]
+__all__ = ["ARCBasis", "FusedARC", "FusedAdapter"]

@@ -9,6 +9,7 @@ from .._text import unknown
 from ..folding import LinearMap, to_cpu
 from ..ops import adapter
 from ..ops.adapter import ACTIVATIONS
+from ._options import check_probability, check_size
 
 
 def _init_houlsby(down: Tensor, up: Tensor) -> None:
@@ -45,8 +46,7 @@ def check_adapter_options(
     init: str,
 ) -> None:
     """Raises a `ValueError` that names the first option a bottleneck adapter cannot have."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank is {rank!r}; it must be a whole number of at least 1")
+    check_size("rank", rank)
     if activation not in ACTIVATIONS:
         raise unknown("activation", activation, ACTIVATIONS)
     if isinstance(scale, str):
@@ -55,8 +55,7 @@ def check_adapter_options(
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f"scale is {scale!r}; it must be a finite number, 'scalar' or 'channel'")
     for name, p in (("dropout", dropout), ("dropout_out", dropout_out), ("drop_path", drop_path)):
-        if not isinstance(p, (int, float)) or not 0 <= p < 1:
-            raise ValueError(f"{name} is {p!r}; it must be a probability in [0, 1)")
+        check_probability(name, p)
     if init not in tuple(INITS):
         raise unknown("init", init, INITS)
 
@@ -98,8 +97,7 @@ class FusedAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
-            raise ValueError(f"dim is {dim!r}; it must be a whole number of at least 1")
+        check_size("dim", dim)
         check_adapter_options(rank, activation, scale, dropout, dropout_out, drop_path, init)
         self.activation, self.init = activation, init
         self.dropout, self.dropout_out, self.drop_path = float(dropout), float(dropout_out), float(drop_path)

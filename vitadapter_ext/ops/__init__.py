@@ -2,5 +2,6 @@
 device that has none."""
 
 from .adapter import adapter
+from .arc import arc
 
-__all__ = ["adapter"]
+__all__ = ["adapter", "arc"]

@@ -2,11 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import reference
-from .._library import has_kernels, warn_without_kernels
 from .._text import unknown
+from . import _common
 
 # The kernels know an activation by its place in this tuple (csrc/common/activation.h).
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "leaky_relu", "silu", "identity")
@@ -59,15 +58,12 @@ def adapter(
     if activation not in ACTIVATIONS:
         raise unknown("activation", activation, ACTIVATIONS)
     if compute_dtype is None:
-        compute_dtype = _compute_dtype(x)
+        compute_dtype = _common.default_compute_dtype(x)
     if seed is None and (dropout or dropout_out or drop_path):
-        seed = torch.randint(2**63 - 1, (1,), device=x.device)
-    device = x.device.type
-    if not has_kernels(x.device):
-        if not torch.compiler.is_compiling():
-            warn_without_kernels(x.device)
+        seed = _common.draw_seed(x)
+    if not _common.kernels_serve(x.device):
         _check(x, residual, down, down_bias, up, up_bias, scale, (dropout, dropout_out, drop_path))
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return reference.adapter(
                 x, down, up, down_bias=down_bias, up_bias=up_bias, scale=scale, residual=residual,
                 activation=activation, dropout=dropout, dropout_out=dropout_out, drop_path=drop_path, seed=seed,
@@ -75,30 +71,13 @@ def adapter(
             )  # fmt: skip
     scale, scale_value = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
     tensors = (x, residual, down, down_bias, up, up_bias, scale, seed)
-    allow_tf32 = device == "cuda" and _allow_tf32()
     settings = (
-        scale_value, ACTIVATIONS.index(activation), dropout, dropout_out, drop_path, compute_dtype, allow_tf32
+        scale_value, ACTIVATIONS.index(activation), dropout, dropout_out, drop_path, compute_dtype,
+        _common.allow_tf32(x.device),
     )  # fmt: skip
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    # Forward-mode differentiation goes the same way: there is none, and the Function says so where the op would not.
-    if needs_grad or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0):
+    if _common.needs_function(tensors):
         return _Adapter.apply(*tensors, settings)
     return _forward(*tensors, *settings, False)[0]
-
-
-def _allow_tf32() -> bool:
-    try:
-        return torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # it was set through torch's newer name for it, which torch.compile cannot read
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    # Autocast leaves float64 alone, and knows no meta device.
-    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 class _Adapter(torch.autograd.Function):
@@ -114,52 +93,24 @@ class _Adapter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        needs_x, needs_residual, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_scale, _, _ = (
-            ctx.needs_input_grad
-        )
-        needs = (needs_x, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_scale)
-        mask = sum(need << bit for bit, need in enumerate(needs))
-        grads = [None] * 6
-        if mask:
-            # Gradients are on here only under create_graph=True (a traced backward pass is AOTAutograd's to guard).
-            run = _AdapterGrad.apply if torch.is_grad_enabled() and not torch.compiler.is_compiling() else _backward
-            residual_is_x = ctx.residual_dtype is None
-            results = run(grad, *ctx.saved_tensors, residual_is_x, *ctx.settings, mask)
-            grads = [result if need else None for need, result in zip(needs, results, strict=True)]
+        needs_x, needs_residual, *needs_parameters, _, _ = ctx.needs_input_grad
+        residual_is_x = ctx.residual_dtype is None
+        arguments = (grad, *ctx.saved_tensors, residual_is_x, *ctx.settings)
+        grad_x, *grads = _common.gradients("adapter", _backward, (needs_x, *needs_parameters), *arguments)
         grad_residual = grad.to(ctx.residual_dtype) if needs_residual else None
-        return grads[0], grad_residual, *grads[1:], None, None
-
-
-class _AdapterGrad(torch.autograd.Function):
-    """The backward op as a node that cannot be differentiated, so that no second derivative is silently left out."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        return _backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "adapter: the fused op has no double backward pass; "
-            "use vitadapter_ext.reference.adapter for second derivatives"
-        )
+        return grad_x, grad_residual, *grads, None, None
 
 
 def _check(x, residual, down, down_bias, up, up_bias, scale, probabilities) -> None:
     """What the kernels check (csrc/bind/adapter.h), for where none runs: fake tensors, and devices without kernels."""
     rank, dim = down.shape[0], x.shape[-1]
-    expected = {
+    _common.check_shapes("adapter", {
         "down": (down, (rank, dim)), "up": (up, (dim, rank)), "down_bias": (down_bias, (rank,)),
         "up_bias": (up_bias, (dim,)), "residual": (residual, tuple(x.shape)),
-    }  # fmt: skip
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise RuntimeError(f"adapter: {name} has shape {tuple(tensor.shape)}; expected {shape}")
+    })  # fmt: skip
     if isinstance(scale, Tensor) and tuple(scale.shape) not in ((1,), (dim,)):
         raise RuntimeError(f"adapter: scale has shape {tuple(scale.shape)}; expected (1,) or {(dim,)}")
-    for p in probabilities:
-        if not 0 <= p < 1:
-            raise RuntimeError(f"adapter: a dropout probability is {p}; it must be in [0, 1)")
+    _common.check_probabilities("adapter", probabilities)
 
 
 @torch.library.register_fake("vitadapter::adapter_forward")
@@ -167,13 +118,10 @@ def _(x, residual, down, down_bias, up, up_bias, scale, seed, scale_value, activ
       compute_dtype, allow_tf32, save_hidden):  # fmt: skip
     _check(x, residual, down, down_bias, up, up_bias, scale, (dropout, dropout_out, drop_path))
     y_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    hidden_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    hidden_shape = (*x.shape[:-1], down.shape[0]) if save_hidden else (0,)
-    return x.new_empty(x.shape, dtype=y_dtype), x.new_empty(hidden_shape, dtype=hidden_dtype)
+    return x.new_empty(x.shape, dtype=y_dtype), _common.fake_hidden(x, down.shape[0], save_hidden)
 
 
 @torch.library.register_fake("vitadapter::adapter_backward")
 def _(grad, x, hidden, down, down_bias, up, up_bias, scale, seed, residual_is_x, scale_value, activation, dropout,
       dropout_out, drop_path, compute_dtype, allow_tf32, needs):  # fmt: skip
-    operands = (x, down, down_bias, up, up_bias, scale)
-    return tuple(x.new_empty(0) if not needs >> bit & 1 else t.new_empty(t.shape) for bit, t in enumerate(operands))
+    return _common.fake_gradients(x, (x, down, down_bias, up, up_bias, scale), needs)
