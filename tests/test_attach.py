@@ -23,6 +23,7 @@ from tests.vits import (
     randomise_trained,
     structure,
 )
+from vitadapter_ext.attachment import tensors_by_kind
 from vitadapter_ext.methods import Method
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -43,7 +44,7 @@ def test_names_of_all_other_tensors_stay(architecture, method):
     va.attach(model, method)
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert all(".adapter_" in name for name in after.keys() - before.keys())
+    assert after.keys() - before.keys() == tensors_by_kind(model)["adapter"].keys()
 
 
 @every_architecture

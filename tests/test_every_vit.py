@@ -234,15 +234,15 @@ def test_inductor_trains_it_in_one_graph(architecture):
 
 
 @pytest.mark.parametrize("architecture", ONE_OF_EACH_BLOCK)
-@pytest.mark.parametrize("placement", ["pfeiffer", "houlsby-inner"])
-def test_a_compiled_model_sees_attach_and_disabled(architecture, placement):
+@pytest.mark.parametrize("method", ["pfeiffer", "inner", "houlsby-inner", "arc", "arc-attn"])
+def test_a_compiled_model_sees_attach_and_disabled(architecture, method):
     torch._dynamo.reset()
     model = make(architecture)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = images(model)
     with torch.no_grad():
         compiled(x)
-        va.attach(model, va.Adapter(rank=3, placement=placement))
+        va.attach(model, METHODS[method])
         randomise_trained(model)
         torch.testing.assert_close(compiled(x), model(x))
         with va.disabled(model):

@@ -21,13 +21,14 @@ from tests.vits import (
     randomise_trained,
     structure,
 )
+from vitadapter_ext import folding
 from vitadapter_ext.folding import Foldable
-from vitadapter_ext.sites import Inner
+from vitadapter_ext.sites import WithArc, WithInnerAdapter
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 ONE_OF_EACH_MLP = ("vit", "dinov2_giant", "eva02_large")
 LINEAR = va.Adapter(rank=3, placement="inner", activation="identity", scale=0.5)
-OPTIONS = {
+INNER = {
     "constant scale": LINEAR,
     "scalar scale": va.Adapter(rank=3, placement="inner", activation="identity", scale="scalar"),
     "channel scale": va.Adapter(rank=3, placement="inner", activation="identity", scale="channel"),
@@ -35,6 +36,13 @@ OPTIONS = {
     "dropped out": va.Adapter(rank=3, placement="inner", activation="identity", dropout=0.5, drop_path=0.5),
     "overrides": va.Adapter(rank=3, placement="inner", activation="identity", train_biases=True, train_norms=True),
 }
+ARC = {
+    "arc": va.Arc(rank=3),
+    "arc before attention": va.Arc(rank=3, positions=("attn",)),
+    "arc before mlp": va.Arc(rank=3, positions=("mlp",), rescale_init="zero"),
+    "arc without bias": va.Arc(rank=50, bias=False, dropout=0.0),
+}
+OPTIONS = {**INNER, **ARC}
 every_option = pytest.mark.parametrize("method", OPTIONS.values(), ids=OPTIONS)
 BASELINES = {"linear-probe": va.LinearProbe(), "full": va.FullFineTune(), "bitfit": va.BitFit()}
 
@@ -58,7 +66,7 @@ def assert_all_of(model, before):
 # What merging computes
 
 
-@every_option
+@pytest.mark.parametrize("method", INNER.values(), ids=INNER)
 @every_architecture
 def test_the_merged_weights_are_the_formula(architecture, method):
     model = attached(architecture, method).double()
@@ -77,6 +85,45 @@ def test_the_merged_weights_are_the_formula(architecture, method):
         torch.testing.assert_close(new.bias, fc2.bias + shift, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ARC.values(), ids=ARC)
+@every_architecture
+def test_arcs_merged_weights_are_the_formula(architecture, method):
+    """methods.md section 2: W(I + UΛUᵀ) and b + W·b_arc, for all layers that read the place."""
+    model = attached(architecture, method).double()
+    merged = va.merge(copy.deepcopy(model)).state_dict()
+    changed = set()
+    for name, place in model.named_modules():
+        if not isinstance(place, WithArc):
+            continue
+        basis, rescale, bias = place.arc.basis.weight, place.arc.rescale, place.arc.bias
+        image = torch.eye(len(basis)) + basis @ rescale.diag() @ basis.T
+        for reader in ("qkv", "q_proj", "k_proj", "v_proj", "gate", "fc1", "fc1_g", "fc1_x"):
+            linear = getattr(place, reader, None)
+            if linear is not None:
+                changed |= {f"{name}.{reader}.weight", f"{name}.{reader}.bias"} & merged.keys()
+                expected = linear.weight @ image
+                torch.testing.assert_close(merged[f"{name}.{reader}.weight"], expected, rtol=1e-12, atol=1e-12)
+                assert bias is None or linear.bias is not None
+                if linear.bias is not None:
+                    shift = 0.0 if bias is None else linear.weight @ bias
+                    torch.testing.assert_close(merged[f"{name}.{reader}.bias"], linear.bias + shift)
+    assert changed
+    assert all(
+        torch.equal(merged[name], t) for name, t in model.state_dict().items() if name in merged.keys() - changed
+    )
+
+
+def test_arc_folds_into_the_gate_of_an_attention_too():
+    model = make("eva02")
+    for block in model.blocks:
+        block.attn.gate = nn.Linear(48, 48)
+    va.attach(model, va.Arc(rank=3))
+    randomise_trained(model)
+    x = images(model)
+    logits = model(x)
+    torch.testing.assert_close(va.merge(model)(x), logits, rtol=1e-4, atol=1e-5)
+
+
 @every_option
 @every_architecture
 def test_a_merged_model_is_a_plain_timm_model_with_the_same_logits(architecture, method):
@@ -89,7 +136,8 @@ def test_a_merged_model_is_a_plain_timm_model_with_the_same_logits(architecture,
     assert {name: t.shape for name, t in model.state_dict().items()} == {
         name: t.shape for name, t in plain.state_dict().items()
     }
-    assert {name: type(m) for name, m in model.named_modules()} == {name: type(m) for name, m in plain.named_modules()}
+    classes = {name: type(m) for name, m in model.named_modules() if name != "arc_basis"}  # which is empty
+    assert classes == {name: type(m) for name, m in plain.named_modules()}
     with torch.no_grad():
         for p in plain.parameters():
             p.fill_(torch.nan)
@@ -99,9 +147,10 @@ def test_a_merged_model_is_a_plain_timm_model_with_the_same_logits(architecture,
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", [LINEAR, ARC["arc"]], ids=["inner", "arc"])
 @pytest.mark.parametrize("architecture", ONE_OF_EACH_MLP)
-def test_low_precision_within_its_rounding(architecture, dtype, plain_device):
-    exact = attached(architecture).double()
+def test_low_precision_within_its_rounding(architecture, method, dtype, plain_device):
+    exact = attached(architecture, method).double()
     model = copy.deepcopy(exact).to(plain_device, dtype)
     exact.load_state_dict({name: tensor.cpu().double() for name, tensor in model.state_dict().items()})
     values = {name: tensor.double() for name, tensor in va.merge(exact).state_dict().items()}
@@ -156,8 +205,9 @@ def test_disabled_on_a_merged_model_is_the_frozen_backbone(method):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_unmerging_casts_to_what_the_model_has_become(dtype, plain_device):
-    model = attached()
+@pytest.mark.parametrize("method", [LINEAR, ARC["arc"]], ids=["inner", "arc"])
+def test_unmerging_casts_to_what_the_model_has_become(method, dtype, plain_device):
+    model = attached(method=method)
     wanted = copy.deepcopy(model).to(plain_device, dtype).train()
     va.merge(model)
     va.unmerge(model.to(plain_device, dtype).train())
@@ -167,10 +217,63 @@ def test_unmerging_casts_to_what_the_model_has_become(dtype, plain_device):
     assert all(p.device.type == plain_device for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", [LINEAR, ARC["arc"]], ids=["inner", "arc"])
+def test_the_methods_float32_beside_a_low_precision_backbone_is_kept(method, dtype):
+    model = va.attach(make().to(dtype), method)
+    randomise_trained(model)
+    before = all_of(model)
+    assert {p.dtype for p in model.parameters()} == {dtype, torch.float32}
+    assert_all_of(va.unmerge(va.merge(model)), before)
+
+
+@pytest.mark.parametrize("method", [LINEAR, ARC["arc"]], ids=["inner", "arc"])
+def test_merging_in_inference_mode_leaves_a_model_that_can_be_trained(method):
+    model = attached(method=method)
+    before, x = all_of(model), images(model)
+    with torch.inference_mode():
+        va.merge(model)
+        merged = model(x)
+        va.unmerge(model)
+    assert_all_of(model, before)
+    model(x).sum().backward()
+    with torch.inference_mode():
+        va.merge(model, keep=False)
+    model.requires_grad_(True)(x).sum().backward()
+    torch.testing.assert_close(model(x), merged)
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_an_interrupted_unmerge_can_be_ended(monkeypatch, moment):
+    """Also after the model has moved: the bases have gone where the layers are."""
+    model = attached(method=ARC["arc"])
+    wanted = all_of(copy.deepcopy(model).double())
+    va.merge(model).double()
+    steps = itertools.count()
+    unfold = folding._unfold
+
+    def interrupted(*arguments):
+        if next(steps) == moment:
+            raise KeyboardInterrupt
+        unfold(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folding, "_unfold", interrupted)
+        if moment < 5:  # two attentions, two MLPs, the bases
+            with pytest.raises(KeyboardInterrupt):
+                va.unmerge(model)
+        else:
+            va.unmerge(model)
+            return assert_all_of(model, wanted)
+    assert_all_of(va.unmerge(model), wanted)
+
+
 def test_a_merged_weight_is_frozen_until_it_is_unmerged():
     model = attached(method=OPTIONS["overrides"])
+    model(images(model)).sum().backward()
     va.merge(model)
-    assert not model.blocks[0].mlp.fc2.bias.requires_grad
+    fc2 = model.blocks[0].mlp.fc2
+    assert not fc2.bias.requires_grad and fc2.bias.grad is None  # or an optimizer would still change it
     assert model.blocks[0].mlp.fc1.bias.requires_grad and model.head.weight.requires_grad
     va.unmerge(model)
     assert model.blocks[0].mlp.fc2.bias.requires_grad and not model.blocks[0].mlp.fc2.weight.requires_grad
@@ -218,8 +321,9 @@ def through_pickle(model):
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle])
-def test_a_copy_can_be_unmerged(copy_of):
-    model = attached()
+@pytest.mark.parametrize("method", [LINEAR, ARC["arc"]], ids=["inner", "arc"])
+def test_a_copy_can_be_unmerged(method, copy_of):
+    model = attached(method=method)
     before, x = all_of(model), images(model)
     va.merge(model)
     merged = all_of(model)
@@ -229,11 +333,12 @@ def test_a_copy_can_be_unmerged(copy_of):
     assert_all_of(model, merged)
 
 
-@pytest.mark.parametrize("architecture", ONE_OF_EACH_MLP)
+@pytest.mark.parametrize("architecture", ["vit", "eva02", "eva02_large", "beit", "swin"])
+@pytest.mark.parametrize("method", [LINEAR, ARC["arc"]], ids=["inner", "arc"])
 @torch.no_grad()
-def test_a_compiled_model_sees_it(architecture):
+def test_a_compiled_model_sees_it(architecture, method):
     torch._dynamo.reset()
-    model = attached(architecture)
+    model = attached(architecture, method)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = images(model)
     logits = model(x)
@@ -286,9 +391,10 @@ def test_baselines_are_in_the_weights_already(method):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("method", [LINEAR, ARC["arc"]], ids=["inner", "arc"])
 @every_architecture
-def test_reparameterizing_is_merging(architecture, inplace):
-    model = attached(architecture)
+def test_reparameterizing_is_merging(architecture, method, inplace):
+    model = attached(architecture, method)
     before = all_of(model)
     merged = all_of(va.merge(copy.deepcopy(model)))
     fused = reparameterize_model(model, inplace=inplace)
@@ -298,6 +404,38 @@ def test_reparameterizing_is_merging(architecture, inplace):
     if not inplace:
         assert_all_of(model, before)
     assert_all_of(va.unmerge(fused), before)
+
+
+def test_what_timm_has_folded_in_part_is_no_merged_model():
+    model = attached(method=va.Adapter(rank=3, placement="houlsby-inner", activation="identity"))
+    before, x = all_of(model), images(model)
+    logits = model(x)
+    reparameterize_model(model, inplace=True)
+    torch.testing.assert_close(model(x), logits, rtol=1e-4, atol=1e-5)
+    partly = all_of(model)
+    for keep in (True, False):
+        with pytest.raises(ValueError, match="cannot be merged: placement 'houlsby-inner'"):
+            va.merge(model, keep=keep)
+    assert_all_of(model, partly)
+    assert_all_of(va.unmerge(model), before)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_merging_ends_what_timm_has_begun(keep):
+    model = attached(method=ARC["arc"])
+    wanted = all_of(va.merge(copy.deepcopy(model), keep=keep))
+    reparameterize_model(model.blocks[0], inplace=True)
+    assert_all_of(va.merge(model, keep=keep), wanted)
+
+
+def test_what_timm_has_begun_stays_where_the_rest_is_refused():
+    model = va.attach(without_bias(make()), LINEAR)
+    randomise_trained(model)
+    reparameterize_model(model.blocks[0], inplace=True)
+    before = all_of(model)
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp cannot be merged: fc2 has no bias"):
+        va.merge(model)
+    assert_all_of(model, before)
 
 
 @pytest.mark.parametrize("placement", ["post", "houlsby-inner", "inner"])
@@ -366,6 +504,16 @@ def test_a_constant_needs_a_bias_to_go_to():
     assert_all_of(model, before)
 
 
+def test_only_plain_linear_layers_are_given_new_weights():
+    model = make()
+    nn.utils.parametrizations.weight_norm(model.blocks[1].mlp.fc2)
+    va.attach(model, LINEAR)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp cannot be merged: fc2 is a ParametrizedLinear"):
+        va.merge(model)
+    assert_same_state(model, before)
+
+
 def test_no_constant_needs_no_bias():
     model = va.attach(without_bias(make()), OPTIONS["no bias"])
     randomise_trained(model)
@@ -381,6 +529,19 @@ def test_a_shared_weight_is_refused():
     randomise_trained(model)
     before = all_of(model)
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc2\.weight cannot be merged: it is shared"):
+        va.merge(model)
+    assert_all_of(model, before)
+
+
+@pytest.mark.parametrize("architecture", ["eva02", "eva02_large", "dinov3", "beit"])
+def test_a_bias_of_arc_needs_one_in_every_layer_that_reads_it(architecture):
+    """Where k has no saved bias: "auto" leaves ARC's away before the attention, and only there."""
+    model = attached(architecture, va.Arc(rank=3))
+    biases = {name for name, _ in model.named_parameters() if name.endswith("arc.bias")}
+    assert biases == {f"blocks.{number}.mlp.arc.bias" for number in range(2)}
+    model = attached(architecture, va.Arc(rank=3, bias=True))
+    before = all_of(model)
+    with pytest.raises(ValueError, match="attn cannot be merged: .* has no bias"):
         va.merge(model)
     assert_all_of(model, before)
 
@@ -401,7 +562,7 @@ def test_an_interrupted_merge_changes_nothing(monkeypatch, moment):
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(Inner, "folded", interrupted(Inner.folded))
+        patch.setattr(WithInnerAdapter, "folded", interrupted(WithInnerAdapter.folded))
         for name in ("__delattr__", "__setattr__"):
             patch.setattr(nn.Module, name, interrupted(getattr(nn.Module, name)))
         with pytest.raises(KeyboardInterrupt):

@@ -15,6 +15,7 @@ from vitadapter_ext.methods import make_method
 def test_the_table_names_every_method():
     assert {name: cls.__name__ for name, cls in METHOD_CLASSES.items()} == {
         "adapter": "Adapter",
+        "arc": "Arc",
         "linear-probe": "LinearProbe",
         "full": "FullFineTune",
         "bitfit": "BitFit",

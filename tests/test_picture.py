@@ -48,7 +48,8 @@ def test_roles(architecture, method):
             names = {key for key in trains if key == part.name or key.startswith(f"{part.name}.")}
             if part.name == "attn":  # its children are parts of their own
                 names = {key for key in names if key.count(".") == 1}
-            wanted = ("added" if "adapter_" in part.name else "trained") if names else "frozen"
+            added = "adapter_" in part.name or part.name.endswith(".arc")
+            wanted = ("added" if added else "trained") if names else "frozen"
             assert part.role == wanted, part
 
 
@@ -62,15 +63,17 @@ PLACES = {
     "pre": [("attn", "adapter_attn", "after the sum")],
     "inner": [("mlp", "mlp.adapter_inner", "on the branch")],
     "houlsby-inner": [("attn", "adapter_attn", "on the branch"), ("mlp", "mlp.adapter_inner", "on the branch")],
+    "arc": [("attn", "attn.arc", "on the branch"), ("mlp", "mlp.arc", "on the branch")],
+    "arc-attn": [("attn", "attn.arc", "on the branch")],
 }
 
 
-@pytest.mark.parametrize("placement", PLACES)
+@pytest.mark.parametrize("method", PLACES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_where_adapters_stand(architecture, placement):
-    model = va.attach(make(architecture), METHODS[placement])
+def test_where_a_method_stands(architecture, method):
+    model = va.attach(make(architecture), METHODS[method])
     for parts in parts_of_blocks(model).values():
-        assert [(p.half, p.name, p.place) for p in parts if p.role == "added"] == PLACES[placement]
+        assert [(p.half, p.name, p.place) for p in parts if p.role == "added"] == PLACES[method]
         for half in ("attn", "mlp"):
             names = [part.name for part in parts if part.half == half]
             columns = [part.column for part in parts if part.half == half]
@@ -78,6 +81,8 @@ def test_where_adapters_stand(architecture, placement):
             # After all that the backbone does to the branch, or inside the MLP right before its last layer.
             outer = [name for name in names if name.startswith("adapter_")]
             assert names[len(names) - len(outer) :] == outer
+            if f"{half}.arc" in names:  # on what the norm gives
+                assert names[1] == f"{half}.arc" and names[0].startswith("norm")
             if "mlp.adapter_inner" in names:
                 assert names.index("mlp.adapter_inner") == names.index("mlp.fc2") - 1
 
@@ -159,6 +164,14 @@ def test_the_chain():
         "patch_embed", "layers.0.blocks", "layers.1.downsample", "layers.1.blocks", "norm", "head",
     ]  # fmt: skip
     assert [part.words for part in model_parts(swin, tensor_roles(swin))][1:4:2] == ["× 2", "× 1"]
+
+
+def test_what_is_added_to_the_model_itself_stands_beside_the_chain():
+    model = va.attach(make("swin"), METHODS["arc"])
+    *before, basis = model_parts(model, tensor_roles(model))
+    assert (basis.name, basis.role, basis.place) == ("arc_basis", "added", "beside")
+    assert basis.parameters == 2 * 3 * (24 + 48)
+    assert {part.place for part in before} == {"chain"}
 
 
 @pytest.fixture

@@ -32,6 +32,8 @@ METHODS = {
     **{placement: va.Adapter(rank=3, placement=placement) for placement in PLACEMENTS},
     "norms": va.Adapter(rank=3, scale="scalar", train_norms=True),
     "biases": va.Adapter(rank=3, scale=0.1, bias=False, train_biases=True),
+    "arc": va.Arc(rank=3, rescale_init="zero"),
+    "arc-attn": va.Arc(rank=2, positions=("attn",)),
     "linear-probe": va.LinearProbe(),
     "full": va.FullFineTune(),
     "bitfit": va.BitFit(),

@@ -23,6 +23,7 @@ _LAZY = {
     "save": "files",
     "load": "files",
     "Adapter": "methods",
+    "Arc": "methods",
     "LinearProbe": "methods",
     "FullFineTune": "methods",
     "BitFit": "methods",

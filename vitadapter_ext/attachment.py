@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .folding import folded_modules, original_parameters, record_of, to_cpu, unfold
+from .folding import folded_modules, original_parameters, record_of, to_cpu, unfold_all
 from .methods.base import Method, Shapes
 
 _KEY = "_vitadapter"  # of the record in the model's __dict__
@@ -106,12 +106,6 @@ def release(model: nn.Module) -> None:
     _take_off(model, record)
     _restore_requires_grad(model, record)
     del model.__dict__[_KEY]
-
-
-def unfold_all(model: nn.Module) -> None:
-    """Unfolds every folded module."""
-    for module in folded_modules(model).values():
-        unfold(module)
 
 
 @contextmanager

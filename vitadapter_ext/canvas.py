@@ -37,7 +37,7 @@ class Part:
     Attributes:
         name: in its block, or in the model.
         role: "frozen", "added" or "trained" (a part of it is enough).
-        place: "chain" in the model; in a block "branch" or one of `LOOPS`.
+        place: in the model "chain", or "beside" it; in a block "branch" or one of `LOOPS`.
         half: of a block, "attn" or "mlp".
         column: counts from the left; boxes of one column are passed side by side.
         words: what else the box says.
@@ -89,7 +89,8 @@ class Canvas:
             if number and x + 2 * _GAP + width > _WIDTH:
                 x, y = _MARGIN, y - height - 2 * _GAP
             if number:
-                self._line([(x, y), (x + 2 * _GAP, y)], arrow=True)
+                if part.place == "chain":
+                    self._line([(x, y), (x + 2 * _GAP, y)], arrow=True)
                 x += 2 * _GAP
             self._box(x, y, [part], height)
             x += width

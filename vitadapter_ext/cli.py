@@ -81,8 +81,9 @@ def add_flag(group: argparse._ArgumentGroup, name: str, hint: Any, text: str, me
     All but booleans stay strings: `value` makes values of them once it is known which dataclass asks.
     """
     flag = "--" + name.replace("_", "-")
-    if hint is bool:
-        group.add_argument(flag, dest=name, action=_Switch, nargs=0, default=argparse.SUPPRESS, help=text)
+    if bool in _kinds(hint):
+        nargs = 0 if hint is bool else "?"  # a switch that may also have a value of another kind
+        group.add_argument(flag, dest=name, action=_Switch, nargs=nargs, default=argparse.SUPPRESS, help=text)
     else:
         metavar = metavar or _metavar(hint)
         group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, metavar=metavar)
@@ -96,7 +97,10 @@ class _Switch(argparse.Action):
         super().__init__(option_strings + negative, dest, **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, not option_string.startswith("--no-"))
+        on = not option_string.startswith("--no-")
+        if values and not on:
+            raise ValueError(f"{option_string} takes no value, got {values!r}")
+        setattr(namespace, self.dest, values or on)
 
 
 def value(name: str, text: Any, hint: Any) -> Any:
@@ -108,6 +112,8 @@ def value(name: str, text: Any, hint: Any) -> Any:
     if isinstance(found, str) and set(kinds) - {str, types.NoneType}:
         with contextlib.suppress(ValueError, SyntaxError):
             found = ast.literal_eval(found)
+    if isinstance(found, str) and tuple in kinds:
+        found = tuple(word.strip() for word in found.split(","))
     if type(found) not in kinds:
         if type(found) is int and float in kinds:
             found = float(found)
@@ -135,4 +141,4 @@ def _kinds(hint: Any) -> tuple[type, ...]:
 
 def _metavar(hint: Any) -> str:
     kinds = _kinds(hint)
-    return "WORD" if str in kinds else "X" if float in kinds else "N"
+    return "LIST" if tuple in kinds else "WORD" if str in kinds else "X" if float in kinds else "N"

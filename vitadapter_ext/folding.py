@@ -6,8 +6,9 @@ and gives the module timm's class back. timm's `reparameterize_model` calls `fus
 pickle.
 """
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class LinearMap:
 class Foldable:
     """A mixin for adapted modules, in front of timm's class, which is to be their last base."""
 
-    added: ClassVar[tuple[str, ...]]  # the names of the method's children
+    added: Sequence[str]  # the names of the method's children
 
     def can_fold(self) -> bool:
         """Whether there are weights with which timm's class computes the same."""
@@ -54,6 +55,7 @@ class Foldable:
         """
         raise NotImplementedError
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """Folds the module in place and returns it; one that cannot be folded stays as it is."""
@@ -61,7 +63,7 @@ class Foldable:
             return self
         values = self.folded()
         parameters = {name: self.get_parameter(name) for name in values}
-        # First of all, so that `unfold` can also end what was interrupted.
+        # First of all, so that `unfold_all` can also end what was interrupted.
         self.__dict__[_KEY] = Folded(
             type(self),
             {name: nn.Parameter(to_cpu(p).clone(), p.requires_grad) for name, p in parameters.items()},
@@ -70,23 +72,43 @@ class Foldable:
         for name, p in parameters.items():
             p.data = values[name].to(p.device, p.dtype)
             p.requires_grad_(False)  # unfolding would lose what it learns now
+            p.grad = None
         for name in self.added:
             delattr(self, name)
         self.__class__ = type(self).__bases__[-1]
         return self
 
 
-def unfold(module: nn.Module) -> None:
-    """The reverse of `fuse`, exactly: original weights on the device and in the dtype that the module has by now."""
-    record = module.__dict__[_KEY]
+@torch.inference_mode(False)
+def unfold_all(model: nn.Module, leave: Container[str] = ()) -> None:
+    """The reverse of every `fuse()`, but of the modules named in `leave`, exactly: original weights, on the devices and
+    in the dtypes of the present ones."""
+    modules = {name: module for name, module in folded_modules(model).items() if name not in leave}
+    moves = {name: _move(module) for name, module in modules.items()}
+    first = next(filter(None, moves.values()), {})
+    # What has no layers of its own goes where the first of the others is; and before them, so that after an
+    # interruption there is still one to say it.
+    for name in sorted(modules, key=lambda name: bool(moves[name])):
+        _unfold(modules[name], moves[name] or first)
+
+
+def _move(module: nn.Module) -> dict[str, Any]:
+    """Arguments of `to()` that bring what was taken away to where the module's layers have gone since."""
+    for name, original in record_of(module).originals.items():
+        p = module.get_parameter(name)
+        return {"device": p.device, "dtype": p.dtype if p.dtype != original.dtype else None}
+    return {}
+
+
+def _unfold(module: nn.Module, move: dict[str, Any]) -> None:
+    record = record_of(module)
     for name, original in record.originals.items():
         p = module.get_parameter(name)
         p.data = original.data.to(p.device, p.dtype)
         p.requires_grad_(original.requires_grad)
     for name, child in record.children.items():
-        # `module.to(...)` and `module.train()` have not reached it in the meantime.
-        dtype = p.dtype if p.dtype != original.dtype else None
-        module.add_module(name, child.to(p.device, dtype).train(module.training))
+        # `model.to(...)` and `model.train()` have not reached it in the meantime.
+        module.add_module(name, child.to(**move).train(module.training))
     module.__class__ = record.adapted
     del module.__dict__[_KEY]
 
@@ -120,8 +142,10 @@ def behind(linear: nn.Linear, name: str, seen: LinearMap) -> dict[str, Tensor]:
     W + (W·secondᵀ)·firstᵀ and b + W·shift, computed in float64.
 
     Raises:
-        ValueError: the linear layer has no bias, and the shift is not 0.
+        ValueError: it is no plain linear layer, or has no bias, and the shift is not 0.
     """
+    if type(linear) is not nn.Linear:
+        raise ValueError(f"{name} is a {type(linear).__name__}, and only a plain nn.Linear can be given new weights")
     weight = to_cpu(linear.weight).double()
     values = {f"{name}.weight": weight + (weight @ seen.second.T) @ seen.first.T}
     if linear.bias is not None:

@@ -4,8 +4,8 @@ from collections import Counter
 
 from torch import nn
 
-from .attachment import attachment, release, tensors_by_kind, unfold_all
-from .folding import Foldable, folded_modules, forget, record_of
+from .attachment import attachment, release, tensors_by_kind
+from .folding import Foldable, folded_modules, forget, record_of, unfold_all
 
 
 def merge(model: nn.Module, keep: bool = True) -> nn.Module:
@@ -26,16 +26,11 @@ def merge(model: nn.Module, keep: bool = True) -> nn.Module:
             bias that is needed, or shares its weight with another. The model is unchanged.
     """
     method = attachment(model).method
-    if folded_modules(model):
-        if keep:
-            raise ValueError(f"{method} is already merged into this model: unmerge(model) takes it out again")
-    else:
-        method.check_mergeable()
-        try:
-            _fold_all(model)
-        except BaseException:
-            unfold_all(model)
-            raise
+    method.check_mergeable()
+    if any(isinstance(module, Foldable) for module in model.modules()):
+        _fold_all(model)
+    elif keep and folded_modules(model):
+        raise ValueError(f"{method} is already merged into this model: unmerge(model) takes it out again")
     if not keep:
         for module in folded_modules(model).values():
             forget(module)
@@ -58,13 +53,22 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def _fold_all(model: nn.Module) -> None:
+    before = folded_modules(model)  # by timm, where only a part of the model was reparameterized
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for name, module in model.named_modules():
-        if isinstance(module, Foldable):
-            try:
-                module.fuse()
-            except ValueError as error:
-                raise ValueError(f"{name} cannot be merged: {error}") from error
-            for own in record_of(module).originals:
-                if uses[id(module.get_parameter(own))] > 1:
-                    raise ValueError(f"{name}.{own} cannot be merged: it is shared with another layer")
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, Foldable):
+                _fold(name, module, uses)
+    except BaseException:
+        unfold_all(model, leave=before)
+        raise
+
+
+def _fold(name: str, module: Foldable, uses: Counter[int]) -> None:
+    try:
+        module.fuse()
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be merged: {error}") from error
+    for own in record_of(module).originals:
+        if uses[id(module.get_parameter(own))] > 1:
+            raise ValueError(f"{name}.{own} cannot be merged: it is shared with another layer")

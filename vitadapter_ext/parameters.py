@@ -8,10 +8,13 @@ from torch import nn
 
 from .attachment import attachment, tensors_by_kind
 from .folding import folded_modules, record_of
-from .nn.adapter import FusedAdapter
+from .nn import FusedAdapter, FusedARC
 
 # What a table says of a method's module, beside its name.
-SIZES = {FusedAdapter: lambda module: module.down.out_features}
+SIZES = {
+    FusedAdapter: lambda module: module.down.out_features,
+    FusedARC: lambda module: len(module.rescale),
+}
 _COLUMNS = 100
 
 

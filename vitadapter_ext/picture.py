@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attachment import attachment, tensors_by_kind
 from .canvas import Canvas, Part
-from .nn.adapter import FusedAdapter
+from .nn import FusedAdapter, FusedARC
 from .parameters import outermost_blocks, summary
 from .sites import ADAPTED_BLOCKS, ADAPTED_MLPS
 
@@ -70,7 +70,9 @@ def model_parts(model: nn.Module, roles: Mapping[int, str]) -> list[Part]:
     for is_block, run in groupby(_steps(model, "", outermost_blocks(model)), key=lambda step: step[2]):
         steps = list(run)
         if not is_block:
-            parts += [_part(name, found, roles, "chain") for name, found, _ in steps]
+            found = [_part(name, there, roles, "chain") for name, there, _ in steps]
+            # What the method added to the model itself is used inside the blocks: nothing flows through it.
+            parts += [replace(part, place="beside") if part.role == "added" else part for part in found]
             continue
         parents = {name.rpartition(".")[0] for name, _, _ in steps}
         name = parents.pop() if len(parents) == 1 else f"{steps[0][0]} … {steps[-1][0]}"
@@ -99,19 +101,27 @@ def block_parts(block: nn.Module, roles: Mapping[int, str]) -> list[Part]:
     """What is in a block of `sites.ADAPTED_BLOCKS`, adapted or not, from left to right in each half."""
     parts: list[Part] = []
     attn, mlp = block.attn, block.mlp
-    first = [name for name, _ in attn.named_children() if "norm" not in name and name != "proj"]
+    first = [name for name, _ in attn.named_children() if "norm" not in name and name not in ("arc", "proj")]
     norms = [name for name, _ in attn.named_children() if "norm" in name and name not in ("q_norm", "k_norm")]
     into = [name for name, child in mlp.named_children() if isinstance(child, nn.Linear) and name != "fc2"]
     gated = sum(mlp.get_submodule(name).out_features for name in into) != mlp.fc2.in_features
     inside = {
         "attn": [
+            ["attn.arc"],
             [f"attn.{name}" for name in first],
             ["attn.q_norm", "attn.k_norm"],
             ["attn"],
             [f"attn.{name}" for name in norms],
             ["attn.proj"],
         ],
-        "mlp": [[f"mlp.{name}" for name in into], ["mlp.act"], ["mlp.norm"], ["mlp.adapter_inner"], ["mlp.fc2"]],
+        "mlp": [
+            ["mlp.arc"],
+            [f"mlp.{name}" for name in into],
+            ["mlp.act"],
+            ["mlp.norm"],
+            ["mlp.adapter_inner"],
+            ["mlp.fc2"],
+        ],
     }
     words = {"attn": type(attn).__name__, "mlp.act": type(mlp.act).__name__ + (", gated" if gated else "")}
     for number, half in enumerate(inside, start=1):
@@ -126,7 +136,7 @@ def block_parts(block: nn.Module, roles: Mapping[int, str]) -> list[Part]:
                     found = dict(found.named_parameters(recurse=False))
                 if name in words or (found is not None and _tensors(found)):
                     place = _PLACES[join] if name.startswith("adapter_") else "branch"
-                    place = "on the branch" if name == "mlp.adapter_inner" else place
+                    place = "on the branch" if name in ("attn.arc", "mlp.arc", "mlp.adapter_inner") else place
                     parts.append(_part(name, found, roles, place, half, column, words.get(name, "")))
     return parts
 
@@ -158,6 +168,9 @@ def _part(
     parameters = sum(tensors[key].numel() for key in trained)
     if isinstance(found, FusedAdapter):
         sizes, words = (found.down.in_features, found.down.out_features, found.up.out_features), found.activation
+    elif isinstance(found, FusedARC):
+        dim, rank = found.basis.weight.shape
+        sizes, words = (dim, rank, dim), "over a shared basis"
     else:
         linears = [m for m in found.modules() if isinstance(m, nn.Linear)] if isinstance(found, nn.Module) else []
         sizes = (linears[0].in_features, linears[0].out_features) if len(linears) == 1 else ()

@@ -2,14 +2,15 @@
 
 `module.__class__ = ADAPTED_BLOCKS[type(module)]` keeps the module's identity, names and weights: no wrapper and no hook
 enters the path, so state dicts, pickle, deepcopy, `torch.compile` and export see an ordinary timm model. An adapted
-block reads plain attributes that the method has set (the joins): that is how a compiled model sees `disabled`. What the
-backbone scales or drops of a branch (LayerScale, gammas, drop-path) stays inside it: an adapter sees it afterwards.
+module reads plain attributes that the method has set (the joins, `adapted`): `disabled` takes them away, which a
+compiled model sees where it does not see the class. What the backbone scales or drops of a branch (LayerScale, gammas,
+drop-path) stays inside it: an adapter sees it afterwards.
 """
 
 from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models import beit, vision_transformer
-from timm.models.eva import EvaBlock
-from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.eva import EvaAttention, EvaBlock
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
 from .folding import Foldable, behind
@@ -106,10 +107,13 @@ ADAPTED_BLOCKS = {
 # An MLP with an adapter at the input of its last linear layer.
 
 
-class Inner(Foldable):
+class WithInnerAdapter(Foldable):
     """What the adapted MLPs share: without an activation the adapter folds into the layer behind it."""
 
     added = ("adapter_inner",)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return self.adapter_inner(x) if self.adapted else x
 
     def can_fold(self) -> bool:
         return self.adapter_inner.activation == "identity"
@@ -118,26 +122,92 @@ class Inner(Foldable):
         return behind(self.fc2, "fc2", self.adapter_inner.linear_map())
 
 
-class AdaptedMlp(Inner, Mlp):
+class AdaptedMlp(WithInnerAdapter, Mlp):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.drop1(self.act(self.fc1(x))))
-        return self.drop2(self.fc2(self.adapter_inner(x)))
+        return self.drop2(self.fc2(self.inner(x)))
 
 
-class AdaptedGluMlp(Inner, GluMlp):
+class AdaptedGluMlp(WithInnerAdapter, GluMlp):
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = self.fc1(x).chunk(2, dim=self.chunk_dim)
         x = x1 * self.act(x2) if self.gate_last else self.act(x1) * x2
-        return self.drop2(self.fc2(self.adapter_inner(self.norm(self.drop1(x)))))
+        return self.drop2(self.fc2(self.inner(self.norm(self.drop1(x)))))
 
 
-class AdaptedSwiGLU(Inner, SwiGLU):
+class AdaptedSwiGLU(WithInnerAdapter, SwiGLU):
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.fc1_g(x)) * self.fc1_x(x)
-        return self.drop2(self.fc2(self.adapter_inner(self.norm(self.drop1(x)))))
+        return self.drop2(self.fc2(self.inner(self.norm(self.drop1(x)))))
 
 
 ADAPTED_MLPS = {Mlp: AdaptedMlp, GluMlp: AdaptedGluMlp, SwiGLU: AdaptedSwiGLU}
+
+
+# An attention or an MLP with ARC on its input. Swin pads its windows with zeros before its attention: there ARC's bias
+# comes to the padding too, as in the merged layer.
+
+_READERS = ("qkv", "q_proj", "k_proj", "v_proj", "gate", "fc1", "fc1_g", "fc1_x")
+
+
+def readers(module: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that read the input of an attention or an MLP: those of q, k, v and gates too, by name."""
+    found = {name: getattr(module, name, None) for name in _READERS}
+    return {name: linear for name, linear in found.items() if linear is not None}
+
+
+class WithArc(Foldable):
+    """What these classes share: ARC folds into all layers that read it."""
+
+    added = ("arc",)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return super().forward(self.arc(x) if self.adapted else x, *args, **kwargs)
+
+    def folded(self) -> dict[str, Tensor]:
+        seen = self.arc.linear_map()
+        return {
+            key: value for name, linear in readers(self).items() for key, value in behind(linear, name, seen).items()
+        }
+
+
+class ArcAttention(WithArc, vision_transformer.Attention):
+    pass
+
+
+class ArcEvaAttention(WithArc, EvaAttention):
+    """Where q, k and v are one layer their biases are bare parameters, and k's is not saved: no bias to fold into."""
+
+
+class ArcBeitAttention(WithArc, beit.Attention):
+    """As EVA's."""
+
+
+class ArcWindowAttention(WithArc, WindowAttention):
+    pass
+
+
+class ArcMlp(WithArc, Mlp):
+    pass
+
+
+class ArcGluMlp(WithArc, GluMlp):
+    pass
+
+
+class ArcSwiGLU(WithArc, SwiGLU):
+    pass
+
+
+ARC_PLACES = {
+    "attn": {
+        vision_transformer.Attention: ArcAttention,
+        EvaAttention: ArcEvaAttention,
+        beit.Attention: ArcBeitAttention,
+        WindowAttention: ArcWindowAttention,
+    },
+    "mlp": {Mlp: ArcMlp, GluMlp: ArcGluMlp, SwiGLU: ArcSwiGLU},
+}
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -151,15 +221,18 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return blocks
 
 
-def find_mlps(model: nn.Module) -> dict[str, nn.Module]:
-    """The MLPs of the model's transformer blocks by name; those elsewhere, as in an attention pooling, are not meant.
+def find_parts(model: nn.Module, part: str, table: dict[type, type]) -> dict[str, nn.Module]:
+    """The attentions ("attn") or the MLPs ("mlp") of the model's transformer blocks by name; those elsewhere, as in an
+    attention pooling, are not meant.
 
     Raises:
-        ValueError: as `find_blocks`, and for `ADAPTED_MLPS`.
+        ValueError: as `find_blocks`, and for `table`.
     """
-    mlps = {f"{name}.mlp": block.mlp for name, block in find_blocks(model).items()}
-    _check_classes("MLPs", mlps, ADAPTED_MLPS, model)
-    return mlps
+    parts = {f"{name}.{part}": getattr(block, part) for name, block in find_blocks(model).items()}
+    if len(set(parts.values())) < len(parts):
+        raise ValueError(f"blocks of this {type(model).__name__} share their {part}: each needs its own")
+    _check_classes({"attn": "attentions", "mlp": "MLPs"}[part], parts, table, model)
+    return parts
 
 
 def _check_classes(kind: str, found: dict[str, nn.Module], table: dict[type, type], model: nn.Module) -> None:

@@ -6,14 +6,15 @@ from typing import Any
 
 from .._text import unknown
 from .adapter import Adapter
+from .arc import Arc
 from .base import Method
 from .bitfit import BitFit
 from .full_fine_tune import FullFineTune
 from .linear_probe import LinearProbe
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Adapter, LinearProbe, FullFineTune, BitFit)}
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Adapter, Arc, LinearProbe, FullFineTune, BitFit)}
 
-__all__ = ["METHODS", "Adapter", "BitFit", "FullFineTune", "LinearProbe", "Method", "make_method"]
+__all__ = ["METHODS", "Adapter", "Arc", "BitFit", "FullFineTune", "LinearProbe", "Method", "make_method"]
 
 
 def make_method(name: str, fields: Mapping[str, Any] | None = None) -> Method:

@@ -9,12 +9,11 @@ MLP's own activation does, placement "inner" with activation "identity".
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import nn
 
 from .._text import unknown
 from ..nn.adapter import ACTIVATIONS, INITS, FusedAdapter, check_adapter_options
-from .base import Method, Shapes, check_flags, option
+from .base import Method, Shapes, beside, check_flags, option
 
 # placement: how the attention and the MLP join the stream (`sites.JOINS`), and whether there is one inside the MLP
 PLACEMENTS = {
@@ -54,8 +53,8 @@ class Adapter(Method):
     placement: str = option("post", ", ".join(PLACEMENTS))
     activation: str = option("gelu", ", ".join(ACTIVATIONS))
     scale: float | str = option("channel", "a number, scalar or channel")
-    bias: bool = option(True, "of both linear maps")
-    dropout: float = option(0.0, "after the activation")
+    bias: bool = option(True, "whether there are biases")
+    dropout: float = option(0.0, "of the bottleneck")
     dropout_out: float = option(0.0, "after the up-projection")
     drop_path: float = option(0.0, "of the adapter's output, by image")
     init: str = option("houlsby", ", ".join(INITS))
@@ -72,11 +71,11 @@ class Adapter(Method):
 
     def insert(self, model: nn.Module, shapes: Shapes | None = None) -> None:
         # Here, so that naming a method need not wait for timm.
-        from ..sites import ADAPTED_BLOCKS, ADAPTED_MLPS, find_blocks, find_mlps
+        from ..sites import ADAPTED_BLOCKS, ADAPTED_MLPS, find_blocks, find_parts
 
         join_attn, join_mlp, inner = PLACEMENTS[self.placement]
         blocks = find_blocks(model) if {join_attn, join_mlp} != {"plain"} else {}
-        mlps = find_mlps(model) if inner else {}
+        mlps = find_parts(model, "mlp", ADAPTED_MLPS) if inner else {}
         for name, block in blocks.items():
             block.__class__ = ADAPTED_BLOCKS[type(block)]
             for branch, join in (("attn", join_attn), ("mlp", join_mlp)):
@@ -89,7 +88,7 @@ class Adapter(Method):
                 block.register_module(f"adapter_{branch}", adapter)
                 setattr(block, f"join_{branch}", join)
         for name, mlp in mlps.items():
-            mlp.__class__ = ADAPTED_MLPS[type(mlp)]
+            mlp.__class__, mlp.adapted = ADAPTED_MLPS[type(mlp)], True
             mlp.adapter_inner = self._adapter(mlp, mlp.fc2.in_features, f"{name}.adapter_inner", shapes)
 
     def _adapter(self, owner: nn.Module, dim: int, name: str, shapes: Shapes | None) -> FusedAdapter:
@@ -105,9 +104,7 @@ class Adapter(Method):
             dropout_out=self.dropout_out,
             drop_path=self.drop_path,
             init=self.init,
-            device=weight.device,
-            # The kernels mix float32 with low dtypes, but not with float64.
-            dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+            **beside(weight),
         )
 
     def check_mergeable(self) -> None:

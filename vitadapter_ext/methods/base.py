@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -51,6 +52,12 @@ class Method:
 
     def between_phases(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Edits the model, and the optimizer's state to match, after each phase but the last."""
+
+
+def beside(weight: Tensor) -> dict[str, Any]:
+    """Device and dtype of what stands beside a backbone's weight: the kernels mix float32 with low dtypes, but not with
+    float64."""
+    return {"device": weight.device, "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32}
 
 
 def check_flags(method: Method, *names: str) -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from .._text import unknown
+from ..folding import LinearMap, to_cpu
 from ..ops import arc
 from ._options import check_probability, check_size
 
@@ -113,6 +114,13 @@ class FusedARC(nn.Module):
         """x: (..., dim). Returns (..., dim)."""
         dropout = self.dropout if self.training else 0.0
         return arc(x, self.basis.weight, self.rescale, bias=self.bias, dropout=dropout)
+
+    @torch.no_grad()
+    def linear_map(self) -> LinearMap:
+        """What it does to x at inference: x + (x·U)·(rescale ∘ Uᵀ) + bias."""
+        basis, rescale = to_cpu(self.basis.weight).double(), to_cpu(self.rescale).double()
+        shift = basis.new_zeros(len(basis)) if self.bias is None else to_cpu(self.bias).double()
+        return LinearMap(basis, rescale[:, None] * basis.T, shift)
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}, bias={self.bias is not None}, rescale_init={self.rescale_init}"

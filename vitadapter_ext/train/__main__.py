@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import functools
+import operator
 import shutil
 import sys
 import textwrap
@@ -73,11 +75,14 @@ def _add_method_flags(group) -> None:
         defaults = [f"{name}: {_shown(field.default)}" for name, field in owners.items()]
         defaults = ", ".join(defaults) if len(owners) > 1 else _shown(owners[first].default)
         text = " ".join(part for part in (owners[first].metadata.get("help"), f"[{defaults}]") if part)
-        add_flag(group, option, field_hints(METHODS[first])[option], text)
+        hint = functools.reduce(operator.or_, (field_hints(METHODS[name])[option] for name in owners))
+        add_flag(group, option, hint, text)
 
 
 def _shown(default: object) -> object:
-    return {True: "on", False: "off"}.get(default, default) if isinstance(default, bool) else default
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return ",".join(default) if isinstance(default, tuple) else default
 
 
 def _methods() -> str:
@@ -103,7 +108,9 @@ def _recipes() -> str:
 
 def _flag(name: str, setting: object) -> str:
     flag = name.replace("_", "-")
-    return {True: f"--{flag}", False: f"--no-{flag}"}[setting] if isinstance(setting, bool) else f"--{flag} {setting}"
+    if isinstance(setting, bool):
+        return f"--{flag}" if setting else f"--no-{flag}"
+    return f"--{flag} {_shown(setting)}"
 
 
 if __name__ == "__main__":
