@@ -27,7 +27,7 @@ from .attachment import (
     tensors_by_kind,
 )
 from .fingerprint import difference, fingerprint
-from .methods import make_method
+from .methods import Method, make_method
 
 FORMAT = 1
 KEY = "vitadapter"
@@ -105,10 +105,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """
     check_bare(model)
     metadata, tensors = read(path)
-    try:
-        method = make_method(metadata["method"], metadata["fields"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds a method that this version does not know: {error}") from error
+    method = method_of(path, metadata)
     if metadata["num_classes"] not in {len(t) for name, t in tensors.items() if name.startswith("head.") and t.dim()}:
         raise ValueError(f"{path} is damaged: it speaks of {metadata['num_classes']} classes, but its head has others")
     problem = difference(metadata["fingerprint"], backbone_tensors(model))
@@ -146,6 +143,14 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if text is None:
         raise ValueError(f"{path} is a safetensors file of another program: it has no {KEY!r} metadata")
     return _checked_metadata(path, text), tensors
+
+
+def method_of(path: str | os.PathLike, metadata: Mapping[str, Any]) -> Method:
+    """The method that the metadata of the file at `path` describe; a `ValueError` where there is no such method."""
+    try:
+        return make_method(metadata["method"], metadata["fields"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds a method that this version does not know: {error}") from error
 
 
 def _header(path: str | os.PathLike, data: bytes) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 import difflib
 import hashlib
+import inspect
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +68,46 @@ def create(config: Config) -> Backbone:
         description = f"{name} with random weights (give --pretrained or --weights FILE for trained ones)"
         code += [f"torch.manual_seed({config.seed})  # its weights are random", f"model = timm.create_model({name!r})"]
     return Backbone(model.eval(), {"model": name, "arguments": {}, "weights": weights}, description, code)
+
+
+def recreate(origin: Mapping[str, Any], weights: str | os.PathLike | None = None) -> nn.Module:
+    """The backbone that an adapter file describes, in evaluation mode on the CPU, with a head of any size.
+
+    Args:
+        origin: `Backbone.origin`, or what `save` reads off a model.
+        weights: a file, in place of where `origin` says that they came from.
+    Raises:
+        ValueError: as `create`; weights of an unknown origin.
+        OSError: as `create`.
+    """
+    name, arguments, source = origin.get("model"), origin.get("arguments"), origin.get("weights")
+    kinds = {"pretrained": str, "random": int}
+    if (
+        not isinstance(name, str)
+        or not isinstance(arguments, dict)
+        or not isinstance(source, dict)
+        or not all(isinstance(source[key], kind) for key, kind in kinds.items() if key in source)
+    ):
+        raise ValueError("the adapter file does not describe its backbone")
+    # Those of the architecture only: a file has no say in what is downloaded or read.
+    foreign = sorted(set(arguments) & set(inspect.signature(timm.create_model).parameters))
+    if foreign:
+        raise ValueError(f"the adapter file asks for its backbone with {', '.join(foreign)}, which is refused")
+    if weights is None and "bundled" in source:
+        return embedded.create()
+    _check_name(name)
+    if weights is not None:
+        model, _ = _from_file(name, Path(weights), arguments)
+    elif "pretrained" in source:
+        model = _pretrained(".".join(filter(None, (name.partition(".")[0], source["pretrained"]))), arguments)
+    elif "random" in source:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(source["random"])
+            model = _create(name, arguments)
+    else:
+        came = f"came from the file {source['file']}" if "file" in source else "are of unknown origin"
+        raise ValueError(f"the weights of its backbone, {name}, {came}: name the file with --weights")
+    return model.eval()
 
 
 def _embedded(arguments: dict[str, Any]) -> Backbone:
