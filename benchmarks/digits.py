@@ -1,5 +1,5 @@
-"""How good is the default run beside its baselines? `make figure`: adapter, linear probe, BitFit and full fine-tuning
-on the embedded default, three seeds each, as `benchmarks/results/digits.json` and `digits.png`."""
+"""How good is the default run beside other methods? `make figure`: each on the embedded default with its recipe, three
+seeds, as `benchmarks/results/digits.json` and `digits.png`."""
 
 import argparse
 import io
@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 METHODS = {
     "linear-probe": "linear probe",
     "bitfit": "BitFit",
+    "arc": "ARC, rank 16",
     "adapter": "adapter, rank 8",
     "full": "full fine-tuning",
 }
@@ -52,11 +53,11 @@ def measure(seeds: range) -> dict:
 
 def draw(result: dict, path: Path) -> None:
     """A row a method, as a PNG: on the left test accuracy, mean and all seeds, on the right trained parameters."""
-    figure = Figure(figsize=(7.6, 2.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.6, 3.0), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     accuracy, parameters = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for place, row in enumerate(result["rows"]):
-        colour = "#c1440e" if row["method"] == "adapter" else "#4a5a6a"
+        colour = "#c1440e" if row["method"] in ("adapter", "arc") else "#4a5a6a"
         seeds = [100 * share for share in row["test_accuracy"]]
         mean, count = statistics.mean(seeds), row["trained_parameters"]
         accuracy.plot([min(seeds), max(seeds)], [place, place], color=colour, linewidth=2, alpha=0.4)

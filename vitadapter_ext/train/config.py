@@ -12,7 +12,8 @@ from ..cli import value
 from ..methods import METHODS, Adapter
 from .recipes import RECIPES
 
-AUGMENTATIONS = ("none", "affine", "crop-flip")
+AUGMENTATIONS = ("none", "affine", "crop-flip", "random-crop")
+HEAD_INITS = ("timm", "zero")
 AMP = ("none", "bf16", "fp16")
 
 
@@ -29,7 +30,8 @@ class Config:
     """
 
     data: str | None = _field(None, "data", "images: a folder for each class [digits]", "FOLDER")
-    augmentation: str = _field("crop-flip", "data", "none, affine or crop-flip")
+    augmentation: str = _field("crop-flip", "data", ", ".join(AUGMENTATIONS))
+    squash: bool = _field(False, "data", "resize without the checkpoint's crop")
     batch_size: int = _field(64, "data", "images in a batch")
     workers: int = _field(0, "data", "extra processes for images; they change the draw")
 
@@ -37,6 +39,7 @@ class Config:
     weights: str | None = _field(None, "backbone", ".npz, .safetensors or .pth for --model", "FILE")
     pretrained: bool = _field(False, "backbone", "timm's own weights for --model")
     backbone_drop_path: float = _field(0.0, "backbone", "of the backbone's own blocks")
+    head_init: str = _field("timm", "backbone", "of the new head: " + ", ".join(HEAD_INITS))
 
     method: Any = Adapter()  # an instance of one of METHODS
 
@@ -68,7 +71,12 @@ class Config:
             self._check(name, lambda given: 0 <= given < 1, "at least 0 and below 1")
         self._check("lr", lambda given: 0 < given < float("inf"), "a positive number")
         self._check("clip_grad", lambda given: given is None or given > 0, "a positive number")
-        for name, known in (("augmentation", AUGMENTATIONS), ("amp", AMP), ("recipe", RECIPES)):
+        for name, known in (
+            ("augmentation", AUGMENTATIONS),
+            ("head_init", HEAD_INITS),
+            ("amp", AMP),
+            ("recipe", RECIPES),
+        ):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
         if self.model is None and (self.weights is not None or self.pretrained):
@@ -116,12 +124,12 @@ def configure(*, method: str | None = None, recipe: str | None = None, **given: 
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     options = dict(preset.options) if method == preset.method else {}
-    settings = {**preset.settings, **preset.by_method.get(method, {}), "recipe": recipe}
+    settings = {**preset.settings, "recipe": recipe}
     if preset.checkpoint and given.get("model") is None:
         settings |= {"model": preset.checkpoint, "pretrained": given.get("weights") is None}
 
     hints, method_hints = field_hints(Config), field_hints(METHODS[method])
-    for name, text in given.items():
+    for name, text in {**preset.by_method.get(method, {}), **given}.items():
         if name in method_hints:
             options[name] = value(name, text, method_hints[name])
         elif name in hints:

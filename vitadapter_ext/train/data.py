@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_transform
-from torch import Tensor
+from timm.data import create_transform, resolve_model_data_config
+from timm.data.transforms import str_to_interp_mode
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import Compose, InterpolationMode, RandomAffine
+from torchvision.transforms import Compose, InterpolationMode, RandomAffine, RandomCrop, RandomHorizontalFlip, Resize
 
 from .config import Config
 
@@ -47,13 +48,21 @@ def read_data(config: Config) -> Data:
     return Data(data_name(config), splits["train"].classes, **splits, notes=notes)
 
 
+def data_config_of(model: nn.Module, config: Config) -> dict[str, Any]:
+    """Size, interpolation, crop and normalisation: the checkpoint's own, where the configuration says nothing else."""
+    squash = {"crop_mode": "squash", "crop_pct": 1.0} if config.squash else {}
+    return {**resolve_model_data_config(model), **squash}
+
+
 def evaluation_transform(data_config: dict[str, Any]) -> Transform:
-    """timm's transform for evaluation with the size, interpolation, crop and normalisation of the checkpoint."""
+    """timm's transform for evaluation with this size, interpolation, crop and normalisation."""
     return create_transform(**data_config, is_training=False)
 
 
 def training_transform(augmentation: str, data_config: dict[str, Any]) -> Transform:
-    """What `Config.augmentation` names: "none", "affine" (rotation, shift, zoom and shear) or "crop-flip"."""
+    """What `Config.augmentation` names: "none", "affine" (rotation, shift, zoom and shear), "crop-flip" (a crop of at
+    least half the picture, and a flip), or "random-crop" (the short side to 256/224 of the model's size, a
+    crop of that size, and a flip)."""
     evaluation = evaluation_transform(data_config)
     if augmentation == "none":
         return evaluation
@@ -63,6 +72,12 @@ def training_transform(augmentation: str, data_config: dict[str, Any]) -> Transf
             15, translate=(0.1, 0.1), scale=(0.85, 1.15), shear=14, interpolation=InterpolationMode.BILINEAR
         )
         return Compose([move, evaluation])
+    if augmentation == "random-crop":
+        _, height, width = data_config["input_size"]
+        shorter = round(min(height, width) * 256 / 224)
+        resize = Resize(shorter, str_to_interp_mode(data_config["interpolation"]))
+        uncropped = evaluation_transform({**data_config, "crop_pct": 1.0})
+        return Compose([resize, RandomCrop((height, width), pad_if_needed=True), RandomHorizontalFlip(), uncropped])
     return create_transform(**data_config, is_training=True, scale=(0.5, 1.0), hflip=0.5, color_jitter=None)
 
 

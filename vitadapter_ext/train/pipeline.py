@@ -11,7 +11,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
@@ -19,7 +18,7 @@ import vitadapter_ext
 
 from .._atomic import write_atomically
 from .._text import unknown
-from ..attachment import attach
+from ..attachment import attach, head_tensors
 from ..canvas import FORMATS
 from ..files import save
 from ..parameters import summary as count_parameters
@@ -27,7 +26,7 @@ from ..picture import draw
 from . import baselines, curves, report
 from .backbone import create
 from .config import Config
-from .data import data_name, evaluation_transform, loader, read_data, training_transform
+from .data import data_config_of, data_name, evaluation_transform, loader, read_data, training_transform
 from .loop import DivergedError, Trainer, evaluate, seed_everything
 from .run_folder import RunFolder
 
@@ -62,7 +61,7 @@ def fit(config: Config) -> Result:
         report.reading(config)
         data = read_data(config)
         backbone = create(config)
-        data_config = resolve_model_data_config(backbone.model)
+        data_config = data_config_of(backbone.model, config)
         model = backbone.model.to(device)
         report.opening(config, data, backbone, data_config, device)
 
@@ -72,7 +71,7 @@ def fit(config: Config) -> Result:
         val = loader(data.val, evaluation, config, device, every_epoch=True)
 
         seed_everything(config.seed)
-        model.reset_classifier(len(data.classes))
+        reset_head(model, len(data.classes), config.head_init)
         attach(model.to(device), config.method)
         parameters = count_parameters(model)
         report.attached(parameters, folder.path)
@@ -132,6 +131,15 @@ def fit(config: Config) -> Result:
     if failure:
         raise failure
     return Result(model, found, folder.path)
+
+
+def reset_head(model: nn.Module, classes: int, init: str) -> None:
+    """A new head for so many classes, with one of `HEAD_INITS`."""
+    model.reset_classifier(classes)
+    if init == "zero":
+        with torch.no_grad():
+            for tensor in head_tensors(model).values():
+                tensor.zero_()
 
 
 def show(config: Config, path: str | os.PathLike) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 class Recipe:
     """A method with its options, and settings of `Config`.
 
-    `by_method` holds what changes when another method is chosen. `source` says where the numbers come from, and
-    `checkpoint` is the timm name of the backbone that they belong to ("" for none, or the embedded one).
+    `by_method` holds what changes when another method is chosen, options of that method included. `source` says where
+    the numbers come from, and `checkpoint` is the timm name of the backbone that they belong to ("" for none, or the
+    embedded one).
     """
 
     description: str
@@ -35,7 +36,7 @@ RECIPES = {
             "augmentation": "affine",
             "baselines": True,
         },
-        by_method={"full": {"lr": 5e-4}},
+        by_method={"arc": {"lr": 2e-2, "rank": 16}, "full": {"lr": 5e-4}},
     ),
     "general": Recipe(
         description="the default with --model",
@@ -56,6 +57,41 @@ RECIPES = {
             "backbone_drop_path": 0.1,
             "augmentation": "none",
             "amp": "bf16",
+        },
+    ),
+    "arc-vtab": Recipe(
+        description="ARC, as on VTAB-1k",
+        source="Dong et al., Adapter Re-Composing, NeurIPS 2023, and its published code",
+        checkpoint="vit_base_patch16_224.orig_in21k",
+        method="arc",
+        options={"rank": 50, "positions": ("attn", "mlp"), "dropout": 0.1, "rescale_init": "paper"},
+        settings={
+            "epochs": 100,
+            "warmup_epochs": 10,
+            "batch_size": 32,
+            "lr": 1e-2,
+            "weight_decay": 0.0,
+            "clip_grad": 1.0,
+            "head_init": "zero",
+            "augmentation": "none",
+            "squash": True,
+        },
+    ),
+    "arc-fgvc": Recipe(
+        description="ARC, as on the fine-grained data sets",
+        source="Dong et al., Adapter Re-Composing, NeurIPS 2023, and its published code",
+        checkpoint="vit_base_patch16_224.orig_in21k",
+        method="arc",
+        options={"rank": 50, "positions": ("attn", "mlp"), "dropout": 0.1, "rescale_init": "paper"},
+        settings={
+            "epochs": 100,
+            "warmup_epochs": 10,
+            "batch_size": 32,
+            "lr": 5e-3,
+            "weight_decay": 1e-2,
+            "clip_grad": 1.0,
+            "head_init": "zero",
+            "augmentation": "random-crop",
         },
     ),
     "seed-project": Recipe(
