@@ -77,14 +77,15 @@ def test_rows_of_blocks(architecture, method):
     blocks = {name: module for name, module in model.named_modules() if "Block" in type(module).__name__}
     assert [row.name for row in summary.blocks] == list(blocks) and len(blocks) > 1
     for row, block in zip(summary.blocks, blocks.values(), strict=True):
-        adapters = [m for m in block.modules() if isinstance(m, va.FusedAdapter)]
+        adapters = [m for m in block.modules() if isinstance(m, (va.FusedAdapter, va.FusedARC))]
         assert row.adapter == sum(count(m.parameters()) for m in adapters)
         assert row.adapter + row.overrides == count(p for p in block.parameters() if p.requires_grad)
         assert row.total == count(block.parameters())
     heads = tuple(name for name, module in model.named_modules() if module in as_tuple(model.get_classifier()))
     outside = [(name, p) for name, p in model.named_parameters() if not name.startswith((*blocks, *heads))]
-    assert summary.elsewhere.adapter == 0
-    assert summary.elsewhere.overrides == count(p for _, p in outside if p.requires_grad)
+    bases = [p for name, p in outside if name.startswith("arc_basis.")]
+    assert summary.elsewhere.adapter == count(bases)
+    assert summary.elsewhere.overrides == count(p for _, p in outside if p.requires_grad) - count(bases)
     assert summary.elsewhere.total == count(p for _, p in outside)
 
 
