@@ -148,6 +148,7 @@ def extensions() -> dict:
     macros = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
     cuda_bindings = sources("csrc/bind/*_cuda.cpp")
     cxx = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
+    link = ["-s"]  # without the names of what is not exported
     modules = [
         cpp_extension.CppExtension(
             "vitadapter_ext._C",
@@ -155,6 +156,7 @@ def extensions() -> dict:
             include_dirs=[str(config), pybind11.get_include()],
             define_macros=macros,
             extra_compile_args={"cxx": cxx},
+            extra_link_args=link,
         )
     ]
     if "off" not in cuda:
@@ -168,6 +170,7 @@ def extensions() -> dict:
                 # USE_CUDA opens the CUDA part of torch's stable headers.
                 define_macros=[*macros, ("USE_CUDA", None)],
                 extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+                extra_link_args=link,
             )
         )
     return {"ext_modules": modules, "cmdclass": {"build_ext": cpp_extension.BuildExtension}}

@@ -228,12 +228,12 @@ def tolerance(kind: str) -> float:
     return max(*(torch.finfo(dtype).eps for dtype in (x, parameters, compute)), 2**-10 if allowed else 1e-5)
 
 
-def assert_near(found: dict, expected: dict, kind: str, what: object = "") -> None:
+def assert_near(found: dict, expected: dict, kind: str, what: object = "", roundings: int = 4) -> None:
     """Nowhere further apart than a few roundings of a typical element: a mask, a bias or a row that differs is."""
     *_, compute, allowed = KINDS[kind]
     # Where what it is compared with does not round x and the weights themselves, as the simple kernels do not to TF32,
     # nor float64 to float16, two errors more come in: with 4, by emulation, 2 % of the runs would be false alarms.
-    limit = (6 if allowed or compute == F16 else 4) * tolerance(kind)
+    limit = (roundings + 2 * (allowed or compute == F16)) * tolerance(kind)
     for name, value in expected.items():
         torch.testing.assert_close(
             found[name].double(),

@@ -153,17 +153,13 @@ struct SandwichWorker {
 
   VA_DEVICE void start_load() {
     if (load_tile >= plan.tiles) return;
-    const int chunks = plan.chunks;
-    if (load_index < chunks) {
-      if (Form::kWidensX && job.x.dtype != DType::kFloat32) {
-        copy_chunk<2>(job.x.data, job.x_aligned, load_index == 0);
-      } else {
-        copy_chunk<X::kBytes>(job.x.data, job.x_aligned, load_index == 0);
-      }
-    } else if (job.base.dtype == DType::kFloat32) {
-      copy_chunk<4>(job.base.data, job.base_aligned, load_index == chunks);
+    const bool is_base = load_index >= plan.chunks, first = load_index == (is_base ? plan.chunks : 0);
+    const Operand& from = is_base ? job.base : job.x;
+    const bool aligned = is_base ? job.base_aligned : job.x_aligned;
+    if (from.dtype == DType::kFloat32) {
+      copy_chunk<4>(from.data, aligned, first);
     } else {
-      copy_chunk<2>(job.base.data, job.base_aligned, load_index == chunks);
+      copy_chunk<2>(from.data, aligned, first);
     }
     cp_async_commit();
     ++started;
