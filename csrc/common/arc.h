@@ -17,8 +17,9 @@
 //
 // x, basis and g are rounded to the compute dtype where they enter a product, basis before or after it meets rescale;
 // all else is float32, or float64 when the tensors are, and g_bias sums g as it came. Kernels whose products take 2
-// bytes alone also round z and gh there. A rescale of any size must stay what it is: diag(rescale) · basisᵀ in float16
-// would lose a small one. Tensors are contiguous. Rows or rank may be 0.
+// bytes alone also round z and gh there, gh once more after it has met rescale. A rescale of any size must stay what it
+// is: diag(rescale) · basisᵀ in float16 would lose a small one, as those kernels' z does below 1e-7 in float16: there
+// g_basis lacks gᵀ · z. Tensors are contiguous. Rows or rank may be 0.
 #pragma once
 
 #include "adapter.h"

@@ -227,7 +227,7 @@ int64_t launch_adapter_backward(const AdapterOrArcBackward& p, const AdapterRequ
   void* const hidden_grad = plan.hidden_grad_bytes ? memory : nullptr;
   void* const z = plan.z_bytes ? memory + plan.hidden_grad_bytes : nullptr;
   if (plan.has_sandwich && p.is_arc()) {
-    adapter_or_arc_forward(arc_gradient(p, hidden_grad, z), request, &run->stream);
+    if (!adapter_or_arc_forward(arc_gradient(p, hidden_grad, z), request, &run->stream)) return -1;
   } else if (plan.has_sandwich) {
     const SandwichPlan& how = plan.job.plan;
     launch(run->stream, how.blocks, how.threads, how.shared_bytes,

@@ -1,6 +1,5 @@
 // How do the weights of an adapter, or of ARC, get their gradients? In two kernels behind the one that finds gx; the
-// mathematics is in
-// ../common/adapter.h.
+// mathematics is in ../common/adapter.h and ../common/arc.h.
 //
 // The idea. G = g'ᵀ · z and g_down = ghᵀ · x are two products over all rows (reduction.cuh): stage one sums slices of
 // the rows, Σg' and Σgh along with them, and stage two adds the slices in their order and finishes what is made of
@@ -143,6 +142,7 @@ void launch_adapter_reduction_end(const AdapterOrArcBackward& p, const AdapterRe
                                   void* workspace, Stream stream);
 void launch_arc_reduction_end(const AdapterOrArcBackward& p, const AdapterReductionPlan& plan, int padded_rank,
                               void* workspace, Stream stream);
+
 // hidden_grad, z: (rows, padded_rank()) as Math's dtype is, zeros beyond the rank, at multiples of 16 bytes; null where
 // they are not needed, and z where Math has 4 bytes. workspace: plan.bytes, at a multiple of 16 bytes.
 template <typename Math>

@@ -3,7 +3,7 @@
 //   g_basis = gᵀ · z + Gᵀ ∘ rescale,  g_rescale = colsum(basis ∘ Gᵀ),  g_bias = Σ g
 //
 // with G = ghᵀ · x, of which the slices' sums lie as (dim, rank), as the basis does. A sum over all rows of the basis
-// is left to the last block to end, which adds the other blocks' parts in their order.
+// is left to the last block to end, which adds the blocks' parts in an order of its own, always the same.
 #include "adapter_reduction.cuh"
 #include "slices.cuh"
 
@@ -85,7 +85,7 @@ struct ArcReductionEnd {
     sync_threads();
   }
 
-  // The first warp has left the block's parts behind.
+  // The first warp has left the block's parts behind: the groups are no larger than a warp.
   VA_DEVICE bool is_last_block() const {
     struct Answer {
       bool is_last;
