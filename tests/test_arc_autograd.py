@@ -23,13 +23,14 @@ def test_gradcheck(plain_device, bias, dropout):
 
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_opcheck(plain_device, save, bias):
-    x, *operands = detached(make(device=plain_device, dtype=torch.float32, bias=bias)).values()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=short)
+def test_opcheck(plain_device, save, bias, dtype):
+    x, *operands = detached(make(device=plain_device, dtype=dtype, bias=bias)).values()
     operands.append(torch.tensor([3], device=plain_device))
-    settings = (0.1, torch.float32, False)
+    settings = (0.1, dtype, False)
     torch.library.opcheck(torch.ops.vitadapter.arc_forward.default, (x, *operands, *settings, save))
     _, hidden = torch.ops.vitadapter.arc_forward.default(x, *operands, *settings, True)
-    needs = (0b0111 | bias << 3) if save else 0b0101
+    needs = 0b1111 if save else 0b0101
     backward = (torch.randn_like(x), x, hidden, *operands, *settings, needs)
     torch.library.opcheck(torch.ops.vitadapter.arc_backward.default, backward)
 

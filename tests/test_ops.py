@@ -99,6 +99,21 @@ def test_fake_tensors_have_the_right_shapes_and_dtypes(op):
     assert op.function(**{k: v.bfloat16() for k, v in tensors_of(arguments).items()}).dtype == torch.bfloat16
 
 
+def test_fake_tensors_are_refused_as_the_kernels_refuse_them(op):
+    arguments = detached(op.make())
+    fake = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    for name, tensor in tensors_of(fake).items():
+        if name == "x":
+            continue
+        with pytest.raises(RuntimeError, match=f"^{op.name}: {name} is on meta and x on cpu; all tensors of a call"):
+            op.function(**arguments | {name: tensor})
+        for shape in ((*tensor.shape, 2), (), (tensor.shape[0] + 1,)):
+            with pytest.raises(RuntimeError, match=f"^{op.name}: .* has shape .*; expected"):
+                op.function(**fake | {name: tensor.new_empty(shape)})
+    with pytest.raises(RuntimeError, match=rf"^{op.name}: x has shape \(\); expected \(..., dim\)"):
+        op.function(**fake | {"x": fake["x"].new_empty(())})
+
+
 @pytest.mark.cuda
 @no_gpu
 def test_cuda_graphs_streams_and_repeated_runs_give_the_same_bits(op):

@@ -59,7 +59,7 @@ class ARCBasis(nn.Module):
 
 
 class FusedARC(nn.Module):
-    """x + drop((x·U) ∘ rescale)·Uᵀ + bias over a shared basis U, in one kernel each way.
+    """x + drop((x·U) ∘ rescale)·Uᵀ + bias over a shared basis U, with the kernels of `ops.arc`.
 
     Args:
         basis: where U is; any number of FusedARCs may share it.
@@ -67,7 +67,9 @@ class FusedARC(nn.Module):
         bias: whether there is one.
         rescale_init: "zero", where x + bias is returned at first, or "xavier".
         register_basis: whether the basis is a child of this module, so that it is in its parameters and state dict.
-            Without, another module owns the basis: a model that holds it once for many FusedARCs.
+            Without, another module owns the basis: a model that holds it once for many FusedARCs, and through which
+            it is moved and cast.
+        device, dtype: of `rescale` and `bias`; by default the basis' device and float32, or float64 where it is.
     Raises:
         ValueError: an option outside what is said here.
 
@@ -98,7 +100,8 @@ class FusedARC(nn.Module):
             # Past nn.Module's registry. The module and not its parameter, which moving or casting may replace.
             object.__setattr__(self, "basis", basis)
         dim, rank = basis.weight.shape
-        where = {"device": device, "dtype": dtype or torch.float32}
+        wide = torch.promote_types(basis.weight.dtype, torch.float32)
+        where = {"device": device or basis.weight.device, "dtype": dtype or wide}
         self.rescale = nn.Parameter(torch.empty(rank, **where))
         self.register_parameter("bias", nn.Parameter(torch.empty(dim, **where)) if bias else None)
         self.reset_parameters()

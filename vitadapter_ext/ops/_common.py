@@ -87,11 +87,26 @@ class _DifferentiatedOnce(torch.autograd.Function):
 # ---- where no kernel runs: fake tensors, and devices without kernels
 
 
-def check_shapes(op: str, expected: dict[str, tuple[Tensor | None, tuple]]) -> None:
-    """Raises a `RuntimeError` for the first tensor that is there and has another shape, as the kernels do."""
+def check_tensors(op: str, x: Tensor, expected: dict[str, tuple[Tensor | None, tuple]]) -> None:
+    """Raises a `RuntimeError` for the first tensor that is there with another shape or on another device than x."""
     for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
             raise RuntimeError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected {shape}")
+        # One tensor on the meta device brings the whole call here, and the others' memory would come back unwritten.
+        if tensor.device != x.device:
+            raise RuntimeError(
+                f"{op}: {name} is on {tensor.device} and x on {x.device}; all tensors of a call must be on one device"
+            )
+
+
+def check_matrix(op: str, name: str, matrix: Tensor, x: Tensor, meaning: str) -> None:
+    """Raises a `RuntimeError` where x is no rows, or the first operand no matrix: their sizes are read next."""
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise RuntimeError(f"{op}: x has shape {tuple(x.shape)}; expected (..., dim) with dim of at least 1")
+    if matrix.dim() != 2:
+        raise RuntimeError(f"{op}: {name} has shape {tuple(matrix.shape)}; expected {meaning}")
 
 
 def check_probabilities(op: str, probabilities: Iterable[float]) -> None:
@@ -106,4 +121,6 @@ def fake_hidden(x: Tensor, rank: int, save: bool) -> Tensor:
 
 
 def fake_gradients(x: Tensor, operands: Iterable[Tensor | None], needs: int) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) if needs >> bit & 1 else x.new_empty(0) for bit, t in enumerate(operands))
+    return tuple(
+        x.new_empty(0) if t is None or not needs >> bit & 1 else t.new_empty(t.shape) for bit, t in enumerate(operands)
+    )

@@ -103,13 +103,16 @@ class _Adapter(torch.autograd.Function):
 
 def _check(x, residual, down, down_bias, up, up_bias, scale, probabilities) -> None:
     """What the kernels check (csrc/bind/adapter.h), for where none runs: fake tensors, and devices without kernels."""
+    _common.check_matrix("adapter", "down", down, x, "(rank, dim)")
     rank, dim = down.shape[0], x.shape[-1]
-    _common.check_shapes("adapter", {
+    scale = scale if isinstance(scale, Tensor) else None
+    if scale is not None and tuple(scale.shape) not in ((1,), (dim,)):
+        raise RuntimeError(f"adapter: scale has shape {tuple(scale.shape)}; expected (1,) or {(dim,)}")
+    _common.check_tensors("adapter", x, {
         "down": (down, (rank, dim)), "up": (up, (dim, rank)), "down_bias": (down_bias, (rank,)),
         "up_bias": (up_bias, (dim,)), "residual": (residual, tuple(x.shape)),
+        "scale": (scale, () if scale is None else tuple(scale.shape)),
     })  # fmt: skip
-    if isinstance(scale, Tensor) and tuple(scale.shape) not in ((1,), (dim,)):
-        raise RuntimeError(f"adapter: scale has shape {tuple(scale.shape)}; expected (1,) or {(dim,)}")
     _common.check_probabilities("adapter", probabilities)
 
 

@@ -75,8 +75,11 @@ class _Arc(torch.autograd.Function):
 
 def _check(x, basis, rescale, bias, dropout) -> None:
     """What the kernels check (csrc/bind/arc.h), for where none runs: fake tensors, and devices without kernels."""
-    rank, dim = basis.shape[-1], x.shape[-1]
-    _common.check_shapes("arc", {"basis": (basis, (dim, rank)), "rescale": (rescale, (rank,)), "bias": (bias, (dim,))})
+    _common.check_matrix("arc", "basis", basis, x, "(dim, rank)")
+    rank, dim = basis.shape[1], x.shape[-1]
+    _common.check_tensors(
+        "arc", x, {"basis": (basis, (dim, rank)), "rescale": (rescale, (rank,)), "bias": (bias, (dim,))}
+    )
     _common.check_probabilities("arc", [dropout])
 
 
