@@ -171,6 +171,22 @@ def test_sharing_survives(changed):
     assert logits.shape == (2, 3)
 
 
+def test_sharing_survives_distributed_data_parallel():
+    """A group of one process: DDP finds each basis once, and its gradient is the whole one."""
+    model = attached()
+    x = images(model)
+    model(x).sum().backward()
+    alone = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        torch.nn.parallel.DistributedDataParallel(model)(x).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, gradient in alone.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
 def test_sharing_survives_loading(tmp_path):
     model = attached(method=va.Arc(rank=3))
     va.save(model, tmp_path / "file")
