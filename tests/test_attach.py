@@ -21,6 +21,7 @@ from tests.vits import (
     images,
     make,
     randomise_trained,
+    same_requires_grad,
     structure,
 )
 from vitadapter_ext.attachment import tensors_by_kind
@@ -85,6 +86,7 @@ def test_disabled_is_the_frozen_backbone_under_the_present_head(architecture, me
     x = images(model)
     logits = model(x)
     frozen.load_state_dict({name: t for name, t in state.items() if name.startswith("head")}, strict=False)
+    same_requires_grad(frozen, model)
     with va.disabled(model) as same:
         assert same is model
         assert torch.equal(model(x), frozen(x))

@@ -19,6 +19,7 @@ from tests.vits import (
     make,
     randomise,
     randomise_trained,
+    same_requires_grad,
     structure,
 )
 from vitadapter_ext import folding
@@ -142,6 +143,7 @@ def test_a_merged_model_is_a_plain_timm_model_with_the_same_logits(architecture,
         for p in plain.parameters():
             p.fill_(torch.nan)
     plain.load_state_dict(model.state_dict())
+    same_requires_grad(plain, model)
     with torch.no_grad():  # a relative position bias that asks for a gradient takes another path through attention
         assert torch.equal(plain(x), model(x))
 

@@ -62,6 +62,12 @@ def randomise_trained(model: nn.Module) -> None:
     randomise(p for p in model.parameters() if p.requires_grad)
 
 
+def same_requires_grad(model: nn.Module, other: nn.Module) -> None:
+    """Gives `model` the flags of `other`: torch 2.11 takes another path through attention where a parameter has one."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(other.get_parameter(name).requires_grad)
+
+
 def images(model: nn.Module, batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, *model.patch_embed.img_size, dtype=next(model.parameters()).dtype)
 
