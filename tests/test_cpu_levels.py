@@ -6,11 +6,12 @@ import torch
 from tests.adapter_problems import ADAPTER
 from tests.arc_problems import ARC
 from tests.conftest import at_level, on_levels, rms
+from tests.consolidator_problems import CONSOLIDATOR
 from tests.problems import LOW, run, short
 from vitadapter_ext import _C
 from vitadapter_ext.ops import adapter
 
-each_op = pytest.mark.parametrize("op", [ADAPTER, ARC], ids=lambda op: op.name)
+each_op = pytest.mark.parametrize("op", [ADAPTER, ARC, CONSOLIDATOR], ids=lambda op: op.name)
 # (x and the parameters, compute)
 KINDS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
 
@@ -56,7 +57,8 @@ def test_the_same_bits_for_any_number_of_threads(cpu_level, op, shape, rank, kin
         for count in (1, 2, 2, 5):
             torch.set_num_threads(count)
             seed = torch.tensor([1])
-            results.append(run(op.function, arguments, grad, dropout=0.1, seed=seed, compute_dtype=compute))
+            dropped = {op.probabilities[0]: 0.1}
+            results.append(run(op.function, arguments, grad, seed=seed, compute_dtype=compute, **dropped))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

@@ -34,6 +34,26 @@ def test_arc_on_numbers_worked_out_by_hand():
     assert y.tolist() == [[15.5, 43.5]]
 
 
+def test_consolidator_on_numbers_worked_out_by_hand():
+    # Two groups of two: the shuffle makes x (1, 2, 3, 4) → (1, 3, 2, 4), so the first output sees 1 and 3, the second
+    # 2 and 4. Without it they see 1 and 2, 3 and 4.
+    x, weight, bias = torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[1.0, 10], [2, 20]]), torch.tensor([0.5, 0])
+    y = reference.consolidator(x, [weight], [bias], base=torch.tensor([[100.0, 200]]))
+    assert y.tolist() == [[100 + 1 + 30 + 0.5, 200 + 4 + 80]]
+    assert reference.consolidator(x, [weight], shuffle=False).tolist() == [[1 + 20, 6 + 80]]
+    # Six inputs in two groups of three: (0 1 2 / 3 4 5) transposed is 0 3 1 4 2 5.
+    assert reference.shuffled(torch.arange(6), 2).tolist() == [0, 3, 1, 4, 2, 5]
+    assert reference.consolidated_weight(torch.ones(2, 4), [weight]).tolist() == [[2, 1, 11, 1], [1, 3, 1, 21]]
+
+
+def test_every_branch_of_every_sample_is_dropped_on_its_own():
+    x, seed = torch.ones(200, 3, 4), torch.tensor([9])
+    weights = [torch.full((4, 2), 0.5), torch.full((4, 1), 10.0)]
+    y = reference.consolidator(x, weights, drop_path=0.5, seed=seed)
+    assert (y == y[:, :1, :1]).all(), "the rows of a sample go together"
+    assert {round(v) for v in y[:, 0, 0].tolist()} == {0, 2, 20, 22}, "kept branches are doubled"
+
+
 @pytest.mark.parametrize(
     ("counter", "key", "expected"),
     [

@@ -2,6 +2,7 @@
 kernel exists. Everything here is differentiable and runs in any floating dtype, float64 included."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -134,3 +135,59 @@ def arc(
     if bias is not None:
         out = out + bias.to(wide)
     return out.to(x.dtype)
+
+
+def consolidator(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] = (),
+    *,
+    base: Tensor | None = None,
+    shuffle: bool = True,
+    drop_path: float = 0.0,
+    samples: int | None = None,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """base + Σ_i keep_i ∘ (G_i·shuffle_i(x) + bias_i), see `ops.consolidator`.
+
+    Operands are read in `compute_dtype` (default: x's); all that follows is float32, or float64 when x is.
+    """
+    compute_dtype = compute_dtype or x.dtype
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    width, out = x.shape[-1], weights[0].shape[0]
+    rows = x.reshape(x.numel() // width, width).to(compute_dtype).to(wide)
+    samples = samples or (x.shape[0] if x.dim() > 1 else 1)
+    total = rows.new_zeros(len(rows), out) if base is None else base.reshape(len(rows), out).to(wide)
+    for number, weight in enumerate(weights):
+        groups = width // weight.shape[1]
+        grouped = (shuffled(rows, groups) if shuffle else rows).reshape(len(rows), groups, weight.shape[1])
+        blocks = weight.to(compute_dtype).to(wide).reshape(groups, out // groups, -1)
+        branch = torch.einsum("ngi,goi->ngo", grouped, blocks).reshape(len(rows), out)
+        if biases:
+            branch = branch + biases[number].to(wide)
+        if drop_path > 0:
+            keep = keep_mask(seed, samples, len(weights), STREAM_DROP_PATH, drop_path)[:, number : number + 1]
+            branch = branch * (keep.to(wide) / (1 - drop_path)).repeat_interleave(len(rows) // max(samples, 1), dim=0)
+        total = total + branch
+    return total.reshape(*x.shape[:-1], out).to(x.dtype if base is None else base.dtype)
+
+
+def shuffled(x: Tensor, groups: int) -> Tensor:
+    """x's last dimension seen as (groups, n / groups), transposed: place j·groups + i holds x[i·(n / groups) + j]."""
+    return x.unflatten(-1, (groups, -1)).transpose(-1, -2).flatten(-2)
+
+
+def consolidated_weight(weight: Tensor, weights: Sequence[Tensor], shuffle: bool = True) -> Tensor:
+    """weight (out, in) + Σ_i G_i, every entry of a branch where it meets x: what a linear layer with the branches in it
+    has; float64 for float64, else float32."""
+    out, width = weight.shape
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    total = weight.to(wide)
+    for branch in weights:
+        groups = width // branch.shape[1]
+        places = torch.arange(width, device=weight.device)
+        sources = (shuffled(places, groups) if shuffle else places).reshape(groups, 1, -1)
+        columns = sources.expand(-1, out // groups, -1).reshape(out, -1)
+        total = total.scatter_add(1, columns, branch.to(wide))
+    return total

@@ -3,5 +3,6 @@ device that has none."""
 
 from .adapter import adapter
 from .arc import arc
+from .consolidator import consolidated_linear, consolidator
 
-__all__ = ["adapter", "arc"]
+__all__ = ["adapter", "arc", "consolidated_linear", "consolidator"]

@@ -60,12 +60,16 @@ def gradients(op: str, backward: Callable, needs: tuple[bool, ...], *arguments) 
     mask = sum(need << bit for bit, need in enumerate(needs))
     if not mask:
         return [None] * len(needs)
+    results = once(op, backward, *arguments, mask)
+    return [result if need else None for need, result in zip(needs, results, strict=True)]
+
+
+def once(op: str, backward: Callable, *arguments):
+    """What the raw op `backward` returns, refusing to be differentiated itself; `op` as in `gradients`."""
     # Gradients are on here only under create_graph=True (a traced backward pass is AOTAutograd's to guard).
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        results = _DifferentiatedOnce.apply(op, backward, *arguments, mask)
-    else:
-        results = backward(*arguments, mask)
-    return [result if need else None for need, result in zip(needs, results, strict=True)]
+        return _DifferentiatedOnce.apply(op, backward, *arguments)
+    return backward(*arguments)
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
@@ -74,7 +78,7 @@ class _DifferentiatedOnce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, backward, *arguments):
         ctx.op = op
-        return backward(*arguments)
+        return tuple(backward(*arguments))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -101,10 +105,15 @@ def check_tensors(op: str, x: Tensor, expected: dict[str, tuple[Tensor | None, t
             )
 
 
-def check_matrix(op: str, name: str, matrix: Tensor, x: Tensor, meaning: str) -> None:
-    """Raises a `RuntimeError` where x is no rows, or the first operand no matrix: their sizes are read next."""
+def check_rows(op: str, x: Tensor) -> None:
+    """Raises a `RuntimeError` where x is no rows."""
     if x.dim() < 1 or x.shape[-1] < 1:
         raise RuntimeError(f"{op}: x has shape {tuple(x.shape)}; expected (..., dim) with dim of at least 1")
+
+
+def check_matrix(op: str, name: str, matrix: Tensor, x: Tensor, meaning: str) -> None:
+    """Raises a `RuntimeError` where x is no rows, or the first operand no matrix: their sizes are read next."""
+    check_rows(op, x)
     if matrix.dim() != 2:
         raise RuntimeError(f"{op}: {name} has shape {tuple(matrix.shape)}; expected {meaning}")
 

@@ -1,0 +1,284 @@
+"""The `consolidator` op: argument handling, fake kernels and autograd around the kernels in `csrc/*/consolidator.*`;
+and the linear layer that has the branches beside it or in its weight, `consolidated_linear`."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from . import _common
+
+_forward = torch.ops.vitadapter.consolidator_forward.default
+_backward = torch.ops.vitadapter.consolidator_backward.default
+_weight = torch.ops.vitadapter.consolidator_weight.default
+
+MAX_BRANCHES = 16
+# The bits of the backward op.
+_X, _WEIGHTS, _BIASES, _SUM = 1, 2, 4, 8
+
+
+def consolidator(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] = (),
+    *,
+    base: Tensor | None = None,
+    shuffle: bool = True,
+    drop_path: float = 0.0,
+    samples: int | None = None,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """base + Σ_i keep_i ∘ (G_i·shuffle_i(x) + bias_i), all branches in one pass over x and base: Hao et al.,
+    "Consolidator: Mergeable Adapter with Grouped Connections for Visual Adaptation", ICLR 2023, section 3.2.
+
+    G_i is block-diagonal with g_i = in / weights[i].shape[1] blocks; shuffle_i sees x's (in,) as (g_i, in / g_i) and
+    transposes it. All tensors are each float32 or one low dtype (bfloat16 or float16), in any mix, or all float64. The
+    products' operands are read in the compute dtype, sums are float32 (float64). The gradients of all tensors but
+    `seed` are defined once (no double backward).
+
+    Args:
+        x: (..., in).
+        weights: of each branch (out, in / g_i), the rows of its blocks; any g_i that divides in and out.
+        biases: of each branch (out,), or none.
+        base: (..., out); 0 by default.
+        drop_path: probability in [0, 1) of dropping a branch for a sample; what is kept is scaled by 1/(1-p).
+        samples: how many samples the rows of x are, one after the other; by default an index of x's first dimension is
+            one.
+        seed: (1,) int64 on x's device; drawn from PyTorch's generator where it is needed and not given.
+        compute_dtype: by default autocast's dtype, outside autocast x's.
+    Returns: (..., out) in base's dtype, without base in x's.
+    Raises:
+        RuntimeError: shapes, dtypes, devices, a number of branches or a probability that do not fit, saying what was
+            given.
+    """
+    if compute_dtype is None:
+        compute_dtype = _common.default_compute_dtype(x)
+    if seed is None and drop_path:
+        seed = _common.draw_seed(x)
+    weights, biases = list(weights), list(biases)
+    settings = (shuffle, float(drop_path), samples, compute_dtype)
+    if not _common.kernels_serve(x.device):
+        _check(x, weights, biases, drop_path, samples, base=base)
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.consolidator(
+                x, weights, biases, base=base, shuffle=shuffle, drop_path=drop_path, samples=samples, seed=seed,
+                compute_dtype=compute_dtype,
+            )  # fmt: skip
+    if _common.needs_function((x, base, *weights, *biases)):
+        return _Consolidator.apply(x, base, seed, len(weights), settings, *weights, *biases)
+    return _forward(x, base, weights, biases, seed, *settings)
+
+
+class _Consolidator(torch.autograd.Function):
+    """The two raw ops as one differentiable function."""
+
+    @staticmethod
+    def forward(ctx, x, base, seed, branches, settings, *parameters):
+        ctx.save_for_backward(x, seed, *parameters)
+        ctx.branches, ctx.settings = branches, settings
+        return _forward(x, base, parameters[:branches], parameters[branches:], seed, *settings)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, seed, *parameters = ctx.saved_tensors
+        needs_x, needs_base, *_ = ctx.needs_input_grad
+        needs_parameters = ctx.needs_input_grad[5:]
+        gx, _, grads = _gradients(
+            grad, x, None, parameters, ctx.branches, seed, ctx.settings, needs_x, needs_parameters, False
+        )
+        return gx, grad if needs_base else None, None, None, None, *grads
+
+
+def _gradients(grad, x, x_grad_base, parameters, branches, seed, settings, needs_x, needs_parameters, needs_sum):
+    """(x's gradient, Σ grad, those of the parameters), None where not asked for."""
+    weights, biases = parameters[:branches], parameters[branches:]
+    needs = _X * needs_x + _WEIGHTS * any(needs_parameters[:branches]) + _BIASES * any(needs_parameters[branches:])
+    needs += _SUM * needs_sum
+    if not needs:
+        return None, None, [None] * len(parameters)
+    gx, total, *grads = _common.once(
+        "consolidator", _backward, grad, x, x_grad_base, weights, biases, seed, *settings, needs
+    )
+    grads = [found if need else None for found, need in zip(grads, needs_parameters, strict=True)]
+    return gx if needs_x else None, total if needs_sum else None, grads
+
+
+def consolidated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] = (),
+    *,
+    shuffle: bool = True,
+    drop_path: float = 0.0,
+    samples: int | None = None,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    in_weight: bool | str = "auto",
+) -> Tensor:
+    """x·weightᵀ + bias + the branches of `consolidator`, in one of two ways that agree up to rounding.
+
+    Beside the layer, the branches are added to its output in one pass; in its weight (no drop-path), they are added to
+    a copy of the weight, and there is nothing but one matrix product. Either way g and x are read once for the
+    parameters' gradients, and Σ g, the gradient of `bias`, comes with them.
+
+    Args:
+        x: (..., in).
+        weight: (out, in); bias: (out,).
+        weights, biases, shuffle, drop_path, samples, seed, compute_dtype: as in `consolidator`.
+        in_weight: True or False, or "auto": in the weight where there is no drop-path and rows enough that it is the
+            faster way.
+    Returns: (..., out) in the compute dtype.
+    Raises:
+        ValueError: in_weight=True with drop-path.
+        RuntimeError: as `consolidator`.
+    """
+    if compute_dtype is None:
+        compute_dtype = _common.default_compute_dtype(x)
+    weights, biases = list(weights), list(biases)
+    if in_weight is True and drop_path:
+        raise ValueError(
+            "consolidator: in_weight=True needs drop_path=0: in a weight, no sample's branch can be dropped"
+        )
+    inside = in_weight is True or (in_weight == "auto" and not drop_path and in_weight_is_faster(x, weight))
+    tensors = (x, weight, bias, *weights, *biases)
+    if not _common.kernels_serve(x.device):
+        inside = False
+    elif _common.needs_function(tensors):
+        if seed is None and drop_path:
+            seed = _common.draw_seed(x)
+        settings = (shuffle, float(drop_path), samples, compute_dtype)
+        return _ConsolidatedLinear.apply(x, weight, bias, seed, inside, len(weights), settings, *weights, *biases)
+    if inside:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(compute_dtype), *_inside(weight, bias, weights, biases, shuffle, compute_dtype))
+    with torch.autocast(x.device.type, enabled=False):
+        low = [None if t is None else t.to(compute_dtype) for t in (x, weight, bias)]
+        base = F.linear(*low)
+    return consolidator(
+        x, weights, biases, base=base, shuffle=shuffle, drop_path=drop_path, samples=samples, seed=seed,
+        compute_dtype=compute_dtype,
+    )  # fmt: skip
+
+
+def in_weight_is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether making a weight with the branches in it moves fewer bytes than adding them to this layer's output."""
+    out, width = weight.shape
+    rows = x.numel() // width
+    # Beside: base is read and y written once more, x read; backward gx read and written once more. In the weight: the
+    # old one is read and the new one written, twice as dear for the places to be found.
+    return rows * (3 * width + 2 * out) > 4 * width * out
+
+
+def _inside(weight, bias, weights, biases, shuffle, dtype):
+    """Weight and bias of the layer with the branches in it, in `dtype`."""
+    total = None if bias is None else bias.to(torch.promote_types(bias.dtype, torch.float32))
+    for each in biases:
+        total = each if total is None else total + each
+    return _weight(weight, weights, shuffle, dtype), None if total is None else total.to(dtype)
+
+
+class _ConsolidatedLinear(torch.autograd.Function):
+    """A linear layer and its branches as one function, so that each gradient is made once and g read once for all."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, seed, inside, branches, settings, *parameters):
+        weights, biases = parameters[:branches], parameters[branches:]
+        shuffle, *_, dtype = settings
+        with torch.autocast(x.device.type, enabled=False):
+            low = x.to(dtype)
+            if inside:
+                multiplied, total = _inside(weight, bias, weights, biases, shuffle, dtype)
+                y = F.linear(low, multiplied, total)
+            else:
+                multiplied = weight.to(dtype)
+                base = F.linear(low, multiplied, None if bias is None else bias.to(dtype))
+                y = _forward(x, base, weights, biases, seed, *settings)
+        # What is multiplied by is kept: to make it again costs as much as the branches.
+        ctx.save_for_backward(x, multiplied, bias, seed, *parameters)
+        ctx.inside, ctx.branches, ctx.settings, ctx.weight_dtype = inside, branches, settings, weight.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, multiplied, bias, seed, *parameters = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        needs_parameters = ctx.needs_input_grad[7:]
+        gx = gw = None
+        with torch.autocast(x.device.type, enabled=False):
+            if needs_x:
+                gx = (grad @ multiplied).to(x.dtype)
+            if needs_weight:
+                gw = grad.reshape(-1, len(multiplied)).T @ x.to(grad.dtype).reshape(-1, x.shape[-1])
+        # In the weight, gx is whole already.
+        beside = needs_x and not ctx.inside
+        whole, total, grads = _gradients(
+            grad, x, gx if beside else None, parameters, ctx.branches, seed, ctx.settings, beside, needs_parameters,
+            needs_bias,
+        )  # fmt: skip
+        return (
+            whole if beside else gx,
+            gw.to(ctx.weight_dtype) if needs_weight else None,
+            total.to(bias.dtype) if needs_bias else None,
+            *[None] * 4,
+            *grads,
+        )
+
+
+def _check(x, weights, biases, drop_path, samples=None, **others) -> None:
+    """What the kernels check (csrc/bind/consolidator.h), for where none runs: fake tensors, and devices without."""
+    _common.check_rows("consolidator", x)
+    width = x.shape[-1]
+    _check_weights(weights, width)
+    out = weights[0].shape[0]
+    if biases and len(biases) != len(weights):
+        raise RuntimeError(
+            f"consolidator: there are {len(biases)} biases; expected none, or one for each of {len(weights)} branches"
+        )
+    _common.check_tensors("consolidator", x, {
+        **{f"weights[{i}]": (weight, tuple(weight.shape)) for i, weight in enumerate(weights)},
+        **{f"biases[{i}]": (bias, (out,)) for i, bias in enumerate(biases)},
+        **{name: (tensor, (*x.shape[:-1], out)) for name, tensor in others.items()},
+    })  # fmt: skip
+    _common.check_probabilities("consolidator", [drop_path])
+    rows = x.numel() // width
+    if samples is not None and (samples < 1 or rows % samples):
+        raise RuntimeError(f"consolidator: samples is {samples}; it must divide the {rows} rows of x")
+
+
+def _check_weights(weights, width) -> None:
+    if not 1 <= len(weights) <= MAX_BRANCHES:
+        raise RuntimeError(f"consolidator: there are {len(weights)} branches; from 1 to {MAX_BRANCHES} are accepted")
+    for weight in weights:
+        shape = tuple(weight.shape)
+        fits = len(shape) == 2 and shape[0] > 0 and shape[1] > 0 and shape[0] == weights[0].shape[0]
+        if not fits or width % shape[1] or shape[0] % (width // shape[1]):
+            raise RuntimeError(
+                f"consolidator: a weight has shape {shape} for {width} inputs; expected (out, in / groups), with "
+                "groups that divide in and out"
+            )
+
+
+@torch.library.register_fake("vitadapter::consolidator_forward")
+def _(x, base, weights, biases, seed, shuffle, drop_path, samples, compute_dtype):
+    _check(x, weights, biases, drop_path, samples, base=base)
+    return x.new_empty((*x.shape[:-1], weights[0].shape[0]), dtype=x.dtype if base is None else base.dtype)
+
+
+@torch.library.register_fake("vitadapter::consolidator_backward")
+def _(grad, x, x_grad_base, weights, biases, seed, shuffle, drop_path, samples, compute_dtype, needs):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    gx = x.new_empty(x.shape if needs & _X else 0)
+    total = x.new_empty(weights[0].shape[0] if needs & _SUM else 0, dtype=wide)
+    grads = [(t, _WEIGHTS) for t in weights] + [(t, _BIASES) for t in biases]
+    return [gx, total, *(t.new_empty(t.shape) if needs & bit else x.new_empty(0) for t, bit in grads)]
+
+
+@torch.library.register_fake("vitadapter::consolidator_weight")
+def _(weight, weights, shuffle, dtype):
+    _check_weights(weights, weight.shape[1])
+    return weight.new_empty(weight.shape, dtype=dtype)
