@@ -234,7 +234,7 @@ def test_inductor_trains_it_in_one_graph(architecture):
 
 
 @pytest.mark.parametrize("architecture", ONE_OF_EACH_BLOCK)
-@pytest.mark.parametrize("method", ["pfeiffer", "inner", "houlsby-inner", "arc", "arc-attn"])
+@pytest.mark.parametrize("method", ["pfeiffer", "inner", "houlsby-inner", "arc", "arc-attn", "consolidator"])
 def test_a_compiled_model_sees_attach_and_disabled(architecture, method):
     torch._dynamo.reset()
     model = make(architecture)

@@ -1,5 +1,7 @@
 """Is a saved file whole, the same every time, and refused by any model that it does not belong to?"""
 
+import base64
+import bz2
 import json
 import os
 import subprocess
@@ -74,9 +76,12 @@ def test_round_trip_gives_the_same_logits(tmp_path, architecture, method):
     loaded = make(architecture, num_classes=2)
     fresh, shape = copied_state(loaded), structure(loaded)
     assert va.load(loaded, path) is loaded
-    assert torch.equal(loaded(x), model(x))
-    assert_same_state(loaded, copied_state(model))
-    assert va.summary(loaded) == va.summary(model)
+    if method == METHODS["consolidator-branches"]:  # stored as sums, with what the biases have become in theirs
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(loaded(x), model(x))
+        assert_same_state(loaded, copied_state(model))
+        assert va.summary(loaded) == va.summary(model)
     va.detach(loaded)
     assert_same_state(loaded, fresh)
     assert structure(loaded) == shape
@@ -150,6 +155,32 @@ def test_equal_models_give_equal_bytes(tmp_path):
     for name in ("first", "second"):
         va.save(trained(), tmp_path / name, class_names=list("abcde"))
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+def test_the_fingerprint_is_packed_and_in_format_1_was_not(saved, tmp_path):
+    with safetensors.safe_open(saved, "pt") as file:
+        metadata = json.loads(file.metadata()["vitadapter"])
+    fingerprint = files.read(saved)[0]["fingerprint"]
+    assert files.pack(fingerprint) == metadata["fingerprint"]
+    assert 2 * len(metadata["fingerprint"]) < len(json.dumps(json.dumps(fingerprint, separators=(",", ":"))))
+    old = rewrite(saved, tmp_path / "old", lambda m: m | {"format": 1})
+    x = images(make())
+    assert torch.equal(va.load(make(), old)(x), va.load(make(), saved)(x))
+
+
+@pytest.mark.parametrize(
+    "packed",
+    ["", "é", "abc", "AAAA", files.pack({})[:-8], base64.b64encode(bz2.compress(b"[1")).decode(), files.pack([1])],
+    ids=["nothing", "no ascii", "no base64", "no bzip2", "cut off", "no JSON", "no mapping"],
+)
+def test_a_packed_fingerprint_that_is_damaged(saved, tmp_path, packed):
+    path = rewrite(saved, tmp_path / "file", lambda m: m | {"fingerprint": packed})
+    assert_refused(path, "is damaged: its 'vitadapter' metadata cannot be read")
+
+
+def test_a_fingerprint_that_would_fill_the_memory(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("vitadapter_ext.fingerprint._UNPACKED", 100)
+    assert_refused(saved, "is damaged: its 'vitadapter' metadata cannot be read")
 
 
 def test_metadata_is_one_sorted_key(saved):
@@ -350,9 +381,9 @@ HEAD, DOWN = "head.head.weight", "adapter.blocks.0.adapter_mlp.down.weight"
     ("change_metadata", "change_tensors", "message"),
     [
         (
-            lambda m: m | {"format": 2, "method": None},
+            lambda m: m | {"format": 3, "method": None},
             None,
-            "has format 2, this version of vitadapter_ext reads up to 1",
+            "has format 3, this version of vitadapter_ext reads up to 2",
         ),
         (lambda m: m | {"method": "adaptr"}, None, "did you mean 'adapter'"),
         (lambda m: m | {"fields": {"rank": "eight"}}, None, "rank is 'eight'"),
@@ -444,16 +475,16 @@ def test_metadata_that_json_cannot_hold(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
-    """In a process of its own that may not write files above 12 kB, which fails as a full disk does: in write()."""
+    """In a process of its own that may not write files above 8 kB, which fails as a full disk does: in write()."""
     path = tmp_path / "file"
     va.save(trained(num_classes=2), path)
     old = path.read_bytes()
-    assert len(old) > 12_000
+    assert len(old) > 8_000
     code = (
         "import resource, signal, sys, vitadapter_ext as va; from tests.test_files import trained\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "model = trained()\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))\n"
         "try: va.save(model, sys.argv[1])\n"
         "except OSError as error: assert sys.argv[1] in str(error) and 'File too large' in str(error), error\n"
         "else: sys.exit('saved')"

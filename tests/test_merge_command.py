@@ -129,9 +129,10 @@ def test_a_baseline_becomes_a_checkpoint_too(method, tmp_path):
 # Where the backbone comes from
 
 
-def test_the_embedded_backbone(tmp_path):
+@pytest.mark.parametrize("method", [ARC, va.Consolidator(groups=(64, 32))], ids=["arc", "consolidator"])
+def test_the_embedded_backbone(method, tmp_path):
     model = embedded.create()
-    va.attach(model, ARC)
+    va.attach(model, method)
     randomise_trained(model)
     arguments = {key: value for key, value in embedded.ARGUMENTS.items() if key not in ("model_name", "num_classes")}
     origin = {

@@ -16,6 +16,7 @@ def test_the_table_names_every_method():
     assert {name: cls.__name__ for name, cls in METHOD_CLASSES.items()} == {
         "adapter": "Adapter",
         "arc": "Arc",
+        "consolidator": "Consolidator",
         "linear-probe": "LinearProbe",
         "full": "FullFineTune",
         "bitfit": "BitFit",

@@ -48,7 +48,9 @@ def test_roles(architecture, method):
             names = {key for key in trains if key == part.name or key.startswith(f"{part.name}.")}
             if part.name == "attn":  # its children are parts of their own
                 names = {key for key in names if key.count(".") == 1}
-            added = "adapter_" in part.name or part.name.endswith(".arc")
+            if not part.name.endswith(".consolidator"):  # a part of its own too
+                names = {key for key in names if ".consolidator." not in key}
+            added = "adapter_" in part.name or part.name.endswith((".arc", ".consolidator"))
             wanted = ("added" if added else "trained") if names else "frozen"
             assert part.role == wanted, part
 
@@ -85,6 +87,22 @@ def test_where_a_method_stands(architecture, method):
                 assert names[1] == f"{half}.arc" and names[0].startswith("norm")
             if "mlp.adapter_inner" in names:
                 assert names.index("mlp.adapter_inner") == names.index("mlp.fc2") - 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_consolidator_stands_beside_its_layer(architecture):
+    model = va.attach(make(architecture), METHODS["consolidator"])
+    for parts in parts_of_blocks(model).values():
+        names = [part.name for part in parts]
+        layers = [name for name in names if name.split(".")[-1] in ("qkv", "proj", "q_proj", "k_proj", "v_proj", "fc2")]
+        layers += [name for name in names if name.startswith("mlp.fc1") and not name.endswith(".consolidator")]
+        added = {part.name: part for part in parts if part.role == "added"}
+        assert added.keys() == {f"{layer}.consolidator" for layer in layers}
+        for layer in layers:
+            own, beside = parts[names.index(layer)], added[f"{layer}.consolidator"]
+            assert names.index(beside.name) == names.index(layer) + 1
+            assert (own.half, own.place, own.column) == (beside.half, beside.place, beside.column)
+            assert own.sizes == beside.sizes and beside.words == "8 groups"
 
 
 def names(architecture: str, half: str) -> list[str]:

@@ -26,7 +26,21 @@ def test_vit_base_with_rank_8():
 
 def test_norm_layers_of_vit_base():
     summary = va.summary(va.attach(vit_base(), va.Adapter(train_norms=True)))
-    assert summary.overrides == 38_400  # methods.md section 4: 25 norm layers of 2·768
+    assert summary.overrides == summary.norms == 38_400  # methods.md section 4: 25 norm layers of 2·768
+
+
+def test_what_is_in_the_overrides_has_lines_of_its_own():
+    summary = va.summary(va.attach(vit_base(), va.Consolidator()))
+    assert summary.totals()[2:5] == [
+        "overrides        121,344     0.141 %",
+        "  norms           38,400     0.045 %",
+        "  biases          82,944     0.096 %",
+    ]
+    summary = va.summary(va.attach(vit_base(), va.BitFit()))
+    assert (summary.norms, summary.biases) == (38_400 // 2, 82_944 + 768)  # the patch embedding's too
+    summary = va.summary(va.attach(vit_base(), va.FullFineTune()))
+    assert (summary.norms, summary.biases) == (38_400, 82_944 + 768)
+    assert summary.overrides + summary.head == summary.total
 
 
 def test_both_heads_of_a_distilled_deit():
@@ -77,7 +91,8 @@ def test_rows_of_blocks(architecture, method):
     blocks = {name: module for name, module in model.named_modules() if "Block" in type(module).__name__}
     assert [row.name for row in summary.blocks] == list(blocks) and len(blocks) > 1
     for row, block in zip(summary.blocks, blocks.values(), strict=True):
-        adapters = [m for m in block.modules() if isinstance(m, (va.FusedAdapter, va.FusedARC))]
+        kinds = (va.FusedAdapter, va.FusedARC, va.FusedConsolidator)
+        adapters = [m for m in block.modules() if isinstance(m, kinds)]
         assert row.adapter == sum(count(m.parameters()) for m in adapters)
         assert row.adapter + row.overrides == count(p for p in block.parameters() if p.requires_grad)
         assert row.total == count(block.parameters())

@@ -225,7 +225,8 @@ def test_a_run_on_the_gpu(pictures, tmp_path, amp):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_leaves_a_whole_run_folder(pictures, tmp_path, method):
-    result = run(pictures, tmp_path / "run", method=method, epochs=2, batch_size=16)
+    narrow = {"groups": 32} if method == "consolidator" else {}
+    result = run(pictures, tmp_path / "run", method=method, epochs=2, batch_size=16, **narrow)
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml",
@@ -251,13 +252,16 @@ def test_every_method_leaves_a_whole_run_folder(pictures, tmp_path, method):
     with Image.open(folder / "curves.png") as curves:
         curves.load()
     assert Config.from_yaml((folder / "config.yaml").read_text()) == configure(
-        model="test_vit", data=str(pictures), out=str(folder), method=method, epochs=2, batch_size=16
+        model="test_vit", data=str(pictures), out=str(folder), method=method, epochs=2, batch_size=16, **narrow
     )
     torch.manual_seed(0)
     model = va.load(timm.create_model("test_vit"), folder / "adapter.safetensors").eval()
     image = torch.rand(2, 3, 160, 160)
     with torch.no_grad():
-        assert torch.equal(model(image), result.model.cpu()(image))
+        if method == "consolidator":  # whose file has the trained biases in its own
+            torch.testing.assert_close(model(image), result.model.cpu()(image), rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(model(image), result.model.cpu()(image))
 
 
 def test_the_adapter_file_knows_classes_backbone_and_preprocessing(pictures, tmp_path):

@@ -79,6 +79,11 @@ BAD = {
     "--rank 2.5": "--rank takes a whole number, got '2.5'",
     "--rank eight": "--rank takes a whole number, got 'eight'",
     "--method adaptor": "did you mean 'adapter'?",
+    "--method consolidator --groups 0": "groups are (0,); each must be a whole number of at least 1",
+    "--method consolidator --groups 64,x": "groups are ('64', 'x'); each must be a whole number of at least 1",
+    "--method consolidator --groups 48": "48 groups do not fit 128 inputs and 384 outputs: they must divide both",
+    "--method consolidator --targets fc1,fc3": "unknown target 'fc3': did you mean 'fc2'?",
+    "--method consolidator --in-weight": "in_weight is True and drop_path",
     "--placement pots": "did you mean 'post'?",
     "--method arc --positions atn": "unknown position 'atn': did you mean 'attn'?",
     "--method arc --positions mlp,mlp": "positions are ('mlp', 'mlp'); they must be attn, mlp or both",
@@ -447,8 +452,9 @@ def test_recipes_are_whole_and_survive_yaml(recipe, method):
 @pytest.mark.parametrize("recipe", [name for name, recipe in RECIPES.items() if name != "embedded"])
 def test_recipes_run(command, pictures, tmp_path, recipe):
     out = tmp_path / "run"
+    narrow = ("--groups", 32) if RECIPES[recipe].method == "consolidator" else ()
     code, stdout, err = command(
-        *("--recipe", recipe, "--model", "test_vit", "--data", pictures, "--epochs", 1, "--out", out)
+        *("--recipe", recipe, "--model", "test_vit", "--data", pictures, "--epochs", 1, "--out", out, *narrow)
     )
     assert (code, err) == (0, "")
     assert f"recipe: {recipe}\n" in (out / "config.yaml").read_text()

@@ -34,6 +34,9 @@ METHODS = {
     "biases": va.Adapter(rank=3, scale=0.1, bias=False, train_biases=True),
     "arc": va.Arc(rank=3, rescale_init="zero"),
     "arc-attn": va.Arc(rank=2, positions=("attn",)),
+    # 8 divides the sizes of every layer above.
+    "consolidator": va.Consolidator(groups=(8,), drop_path=0.0, train_norms=False, train_biases=False),
+    "consolidator-branches": va.Consolidator(groups=(8, 4), drop_path=0.0, shuffle=False),
     "linear-probe": va.LinearProbe(),
     "full": va.FullFineTune(),
     "bitfit": va.BitFit(),

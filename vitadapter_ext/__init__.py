@@ -8,7 +8,7 @@ va.attach(model, va.Adapter(rank=8))
 import importlib
 
 from ._library import build_info
-from .nn import ARCBasis, FusedAdapter, FusedARC
+from .nn import ARCBasis, FusedAdapter, FusedARC, FusedConsolidator
 
 __version__ = "0.1.0"
 
@@ -24,12 +24,13 @@ _LAZY = {
     "load": "files",
     "Adapter": "methods",
     "Arc": "methods",
+    "Consolidator": "methods",
     "LinearProbe": "methods",
     "FullFineTune": "methods",
     "BitFit": "methods",
 }
 
-__all__ = ["ARCBasis", "FusedARC", "FusedAdapter", "build_info", "nn", "ops", "reference", *_LAZY]
+__all__ = ["ARCBasis", "FusedARC", "FusedAdapter", "FusedConsolidator", "build_info", "nn", "ops", "reference", *_LAZY]
 
 
 def __getattr__(name: str):

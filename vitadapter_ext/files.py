@@ -26,10 +26,10 @@ from .attachment import (
     count_classes,
     tensors_by_kind,
 )
-from .fingerprint import difference, fingerprint
+from .fingerprint import difference, fingerprint, pack, unpack
 from .methods import Method, make_method
 
-FORMAT = 1
+FORMAT = 2  # 1 had the fingerprint as it is, where now it is packed
 KEY = "vitadapter"
 
 _METADATA_TYPES = {
@@ -78,9 +78,11 @@ def save(
         "class_names": None if class_names is None else list(class_names),
         "backbone": {**_describe_backbone(model), **(backbone or {})},
         "data": {**_describe_data(model), **(data_config or {})},
-        "fingerprint": fingerprint({**tensors_by_kind(model)["backbone"], **record.originals}),
+        "fingerprint": pack(fingerprint({**tensors_by_kind(model)["backbone"], **record.originals})),
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _by_file_name(model).items()}
+    tensors = {name: tensor.detach().cpu() for name, tensor in _by_file_name(model).items()}
+    tensors = record.method.stored(tensors, record.originals)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
     except TypeError as error:
@@ -118,11 +120,12 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         skeleton = attach_resized(_skeleton(model), method, shapes, metadata["num_classes"])
     except (ValueError, TypeError, RuntimeError) as error:  # torch's, of many lines, for sizes that no tensor can have
         raise ValueError(f"{path} does not fit this model: {str(error).partition(chr(10))[0]}") from error
-    _check_fit(path, tensors, _by_file_name(skeleton))
+    _check_fit(path, tensors, method.stored(_by_file_name(skeleton), attachment(skeleton).originals))
     attach_resized(model, method, shapes, metadata["num_classes"])
     with torch.no_grad():
         for name, tensor in _by_file_name(model).items():
-            tensor.copy_(tensors[name])
+            if name in tensors:  # an override that the file has in another form stays as it was
+                tensor.copy_(tensors[name])
     return model
 
 
@@ -183,6 +186,11 @@ def _checked_metadata(path: str | os.PathLike, text: str) -> dict[str, Any]:
         raise ValueError(
             f"{path} has format {metadata['format']}, this version of vitadapter_ext reads up to {FORMAT}: upgrade it"
         )
+    if isinstance(packed := metadata.get("fingerprint"), str):
+        try:
+            metadata["fingerprint"] = unpack(packed)
+        except ValueError as error:
+            raise damaged from error
     if not _has_types(metadata, _METADATA_TYPES):
         raise damaged
     for entry in metadata["fingerprint"].values():

@@ -5,7 +5,10 @@ were kept in float16), the values decide, compared within that rounding. Positio
 left out: they are resized with the image.
 """
 
+import base64
+import bz2
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 
@@ -16,6 +19,7 @@ SAMPLES = 6
 # bfloat16 keeps 8 significant bits: rounding moves a value by up to 2^-8 of it; float16's and the file's 5 digits add
 # little to that. The absolute part is for float16's subnormal numbers.
 RELATIVE, ABSOLUTE = 1.25 * 2.0**-8, 1e-7
+_UNPACKED = 2**26  # bytes: far above any backbone's, so that a damaged file cannot fill the memory
 
 
 def fingerprint(backbone: Mapping[str, Tensor]) -> dict[str, dict]:
@@ -50,6 +54,27 @@ def difference(stored: Mapping[str, dict], backbone: Mapping[str, Tensor]) -> st
     if differing:
         return f"the weights of {len(differing)} of its {len(live)} tensors differ, the first is {differing[0]}"
     return ""
+
+
+def pack(fingerprint: Mapping[str, dict]) -> str:
+    """The fingerprint as the text that a file holds, a third of its JSON: for some methods that is much of a file.
+
+    By bzip2, of which there is one implementation, so that equal fingerprints give equal texts everywhere.
+    """
+    text = json.dumps(fingerprint, sort_keys=True, separators=(",", ":"))
+    return base64.b64encode(bz2.compress(text.encode())).decode()
+
+
+def unpack(text: str) -> dict[str, dict]:
+    """The fingerprint that `pack` made a text of; a `ValueError` where the text is another."""
+    unpacker = bz2.BZ2Decompressor()
+    try:
+        data = unpacker.decompress(base64.b64decode(text, validate=True), _UNPACKED)
+        if not unpacker.eof:
+            raise ValueError("it does not end")
+        return json.loads(data)
+    except (OSError, EOFError, RecursionError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _compared(backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:

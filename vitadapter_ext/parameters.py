@@ -8,12 +8,21 @@ from torch import nn
 
 from .attachment import attachment, tensors_by_kind
 from .folding import folded_modules, record_of
-from .nn import FusedAdapter, FusedARC
+from .methods.base import norm_names
+from .nn import FusedAdapter, FusedARC, FusedConsolidator
+from .nn.consolidator import StoredConsolidator
+
+
+def _groups(module: FusedConsolidator | StoredConsolidator) -> str:
+    return "+".join(map(str, module.groups))
+
 
 # What a table says of a method's module, beside its name.
 SIZES = {
     FusedAdapter: lambda module: module.down.out_features,
     FusedARC: lambda module: len(module.rescale),
+    FusedConsolidator: _groups,
+    StoredConsolidator: _groups,
 }
 _COLUMNS = 100
 
@@ -24,7 +33,8 @@ class BlockSummary:
 
     Attributes:
         name: in the model.
-        method: the method's modules with their ranks, such as "adapter_attn 8, mlp.adapter_inner 8".
+        method: the method's modules with their ranks, such as "adapter_attn 8, mlp.adapter_inner 8"; of consolidators
+            the layers and the groups of each branch, such as "attn.qkv 384, mlp.fc1 384+96".
         adapter: what the method added.
         overrides: trained tensors of the backbone.
         total: every parameter of the block.
@@ -49,6 +59,7 @@ class Summary:
         total: every parameter of the model.
         merged: whether the method is folded into the backbone's weights at present.
         blocks: a row for each transformer block, of whatever class; none where the model has no blocks.
+        norms, biases: overrides that belong to normalisation layers, and those that are biases of others.
     """
 
     method: str
@@ -58,6 +69,8 @@ class Summary:
     total: int
     merged: bool = False
     blocks: tuple[BlockSummary, ...] = ()
+    norms: int = 0
+    biases: int = 0
 
     @property
     def trainable(self) -> int:
@@ -77,8 +90,10 @@ class Summary:
         )
 
     def totals(self) -> list[str]:
-        """Lines of the table's end: each kind with its share of the total."""
-        rows = [(kind, getattr(self, kind)) for kind in ("adapter", "head", "overrides", "trainable", "total")]
+        """Lines of the table's end: each kind with its share of the total, and what is in the overrides."""
+        inside = ("  norms", "  biases") if self.overrides else ()
+        kinds = ("adapter", "head", "overrides", *inside, "trainable", "total")
+        rows = [(kind, getattr(self, kind.strip())) for kind in kinds]
         return [f"{kind:<10}{n:>14,}{100 * n / self.total:>10.3f} %" for kind, n in rows]
 
     def __repr__(self) -> str:
@@ -107,10 +122,13 @@ def summary(model: nn.Module) -> Summary:
     record = attachment(model)
     blocks = outermost_blocks(model)
     counts, inside = Counter(), {name: Counter() for name in blocks}
+    norms = set(norm_names(model))
     for kind, tensors in tensors_by_kind(model).items():
         for name, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter):
                 counts[kind] += tensor.numel()
+                if kind == "override" and (name in norms or name.endswith("bias")):
+                    counts["norms" if name in norms else "biases"] += tensor.numel()
                 if kind != "head" and (owner := _owner(name, blocks)) is not None:
                     inside[owner][kind] += tensor.numel()
     rows = tuple(
@@ -122,7 +140,9 @@ def summary(model: nn.Module) -> Summary:
         adapter=counts["adapter"],
         head=counts["head"],
         overrides=counts["override"],
-        total=counts.total(),
+        total=counts.total() - counts["norms"] - counts["biases"],
+        norms=counts["norms"],
+        biases=counts["biases"],
         merged=bool(folded_modules(model)),
         blocks=rows,
     )
@@ -151,4 +171,4 @@ def _words(block: nn.Module) -> str:
     for owner, module in folded_modules(block).items():
         modules |= {f"{owner}.{name}": child for name, child in record_of(module).children.items()}
     found = {name: SIZES[type(module)](module) for name, module in modules.items() if type(module) in SIZES}
-    return ", ".join(f"{name} {size}" for name, size in sorted(found.items()))
+    return ", ".join(f"{name.removesuffix('.consolidator')} {size}" for name, size in sorted(found.items()))

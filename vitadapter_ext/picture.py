@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from .attachment import attachment, tensors_by_kind
 from .canvas import Canvas, Part
-from .nn import FusedAdapter, FusedARC
-from .parameters import outermost_blocks, summary
-from .sites import ADAPTED_BLOCKS, ADAPTED_MLPS
+from .nn import FusedAdapter, FusedARC, FusedConsolidator
+from .nn.consolidator import ConsolidatedLinear, StoredConsolidator
+from .parameters import SIZES, outermost_blocks, summary
+from .sites import ADAPTED_BLOCKS, ADAPTED_MLPS, CONSOLIDATED
 
 _ROLES = {"adapter": "added", "head": "trained", "override": "trained", "backbone": "frozen"}
 # Where the loop of an adapter runs, by the join (`sites.JOINS`).
@@ -29,7 +30,7 @@ def draw(model: nn.Module, format: str = "png") -> bytes:
         ValueError: no method is attached.
     """
     counts, roles, blocks = summary(model), tensor_roles(model), outermost_blocks(model)
-    drawable = {*ADAPTED_BLOCKS, *ADAPTED_BLOCKS.values()}
+    drawable = {*ADAPTED_BLOCKS, *ADAPTED_BLOCKS.values(), *CONSOLIDATED.values()}
     groups: dict[tuple, dict[str, list[Part]]] = {}  # blocks of the same structure, whatever their sizes
     strange: dict[str, nn.Module] = {}
     for name, block in blocks.items():
@@ -130,7 +131,7 @@ def block_parts(block: nn.Module, roles: Mapping[int, str]) -> list[Part]:
         if join != "plain":
             columns += [[f"adapter_{half}.norm"], [f"adapter_{half}"]]
         for column, names in enumerate(columns):
-            for name in names:
+            for name in (part for layer in names for part in (layer, f"{layer}.consolidator")):
                 found = _find(block, name)
                 if name == "attn":  # the attention itself: what its children do not hold
                     found = dict(found.named_parameters(recurse=False))
@@ -147,9 +148,10 @@ def _find(module: nn.Module, path: str) -> object:
 
 def _tensors(found: object) -> dict[str, Tensor]:
     if isinstance(found, nn.Module):
-        # The LayerNorm of an adapter's own is a part by itself.
-        own = isinstance(found, FusedAdapter)
-        return {name: p for name, p in found.named_parameters() if not (own and name.startswith("norm."))}
+        # The LayerNorm of an adapter's own is a part by itself, and so is what stands beside a linear layer.
+        if isinstance(found, FusedAdapter):
+            return {name: p for name, p in found.named_parameters() if not name.startswith("norm.")}
+        return dict(found.named_parameters(recurse=not isinstance(found, ConsolidatedLinear)))
     return found if isinstance(found, dict) else {"": found}
 
 
@@ -171,6 +173,8 @@ def _part(
     elif isinstance(found, FusedARC):
         dim, rank = found.basis.weight.shape
         sizes, words = (dim, rank, dim), "over a shared basis"
+    elif isinstance(found, (FusedConsolidator, StoredConsolidator)):
+        sizes, words = (found.in_features, found.out_features), f"{SIZES[type(found)](found)} groups"
     else:
         linears = [m for m in found.modules() if isinstance(m, nn.Linear)] if isinstance(found, nn.Module) else []
         sizes = (linears[0].in_features, linears[0].out_features) if len(linears) == 1 else ()

@@ -14,6 +14,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
 from .folding import Foldable, behind
+from .nn import FusedConsolidator
 
 
 def _plain(x: Tensor, branch: Tensor, adapter: None) -> Tensor:
@@ -207,6 +208,52 @@ ARC_PLACES = {
         WindowAttention: ArcWindowAttention,
     },
     "mlp": {Mlp: ArcMlp, GluMlp: ArcGluMlp, SwiGLU: ArcSwiGLU},
+}
+
+
+# Around consolidated linear layers: what keeps a layer's `forward` from being called, or from knowing its images.
+
+
+class CallsQkv(Foldable):
+    """EVA's and BEiT's attention, which calls `qkv` only where it adds the biases of q, k and v after it."""
+
+    added = ()
+
+    @property
+    def qkv_bias_separate(self) -> bool:
+        return True  # whatever the instance's attribute says, which `detach` leaves as it was
+
+    def folded(self) -> dict[str, Tensor]:
+        return {}  # the layers fold themselves
+
+
+class ConsolidatedEvaAttention(CallsQkv, EvaAttention):
+    pass
+
+
+class ConsolidatedBeitAttention(CallsQkv, beit.Attention):
+    pass
+
+
+class ConsolidatedSwinBlock(Foldable, SwinTransformerBlock):
+    """Swin's attention sees windows: its block says how many images they are of."""
+
+    added = ()
+
+    def _attn(self, x: Tensor) -> Tensor:
+        for module in self.attn.modules():
+            if isinstance(module, FusedConsolidator) and module.training:
+                module.samples = len(x)
+        return super()._attn(x)
+
+    def folded(self) -> dict[str, Tensor]:
+        return {}  # the layers fold themselves
+
+
+CONSOLIDATED = {
+    EvaAttention: ConsolidatedEvaAttention,
+    beit.Attention: ConsolidatedBeitAttention,
+    SwinTransformerBlock: ConsolidatedSwinBlock,
 }
 
 

@@ -9,12 +9,25 @@ from .adapter import Adapter
 from .arc import Arc
 from .base import Method
 from .bitfit import BitFit
+from .consolidator import Consolidator
 from .full_fine_tune import FullFineTune
 from .linear_probe import LinearProbe
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Adapter, Arc, LinearProbe, FullFineTune, BitFit)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (Adapter, Arc, Consolidator, LinearProbe, FullFineTune, BitFit)
+}
 
-__all__ = ["METHODS", "Adapter", "Arc", "BitFit", "FullFineTune", "LinearProbe", "Method", "make_method"]
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "Arc",
+    "BitFit",
+    "Consolidator",
+    "FullFineTune",
+    "LinearProbe",
+    "Method",
+    "make_method",
+]
 
 
 def make_method(name: str, fields: Mapping[str, Any] | None = None) -> Method:

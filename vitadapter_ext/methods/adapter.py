@@ -13,7 +13,7 @@ from torch import nn
 
 from .._text import unknown
 from ..nn.adapter import ACTIVATIONS, INITS, FusedAdapter, check_adapter_options
-from .base import Method, Shapes, beside, check_flags, option
+from .base import Method, Shapes, beside, check_flags, norms_and_biases, option
 
 # placement: how the attention and the MLP join the stream (`sites.JOINS`), and whether there is one inside the MLP
 PLACEMENTS = {
@@ -56,7 +56,7 @@ class Adapter(Method):
     bias: bool = option(True, "whether there are biases")
     dropout: float = option(0.0, "of the bottleneck")
     dropout_out: float = option(0.0, "after the up-projection")
-    drop_path: float = option(0.0, "of the adapter's output, by image")
+    drop_path: float = option(0.0, "of what the method adds, by image")
     init: str = option("houlsby", ", ".join(INITS))
     train_norms: bool = option(False, "train the norms too")
     train_biases: bool = option(False, "train the linear biases too")
@@ -115,15 +115,4 @@ class Adapter(Method):
             )
 
     def overrides(self, model: nn.Module) -> list[str]:
-        from ..sites import find_blocks
-
-        # By the class's name: timm has its own norm classes, fused and not, which share no base.
-        norm_layers = {name: m for name, m in model.named_modules() if "norm" in type(m).__name__.lower()}
-        norms = [name for prefix, m in norm_layers.items() for name, _ in m.named_parameters(prefix, recurse=False)]
-        names = list(norms) if self.train_norms else []
-        if self.train_biases:
-            # Not only those of `nn.Linear`: EVA's and BEiT's attentions hold the bias of `qkv` as a bare `q_bias`.
-            for prefix, block in find_blocks(model).items():
-                inside = (name for name, _ in block.named_parameters(prefix) if name.endswith("bias"))
-                names += [name for name in inside if name not in norms]
-        return names
+        return norms_and_biases(model, self.train_norms, self.train_biases)

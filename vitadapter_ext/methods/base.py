@@ -40,6 +40,16 @@ class Method:
         """Names of the parameters of the bare backbone that are trained too; the head's count as the head's."""
         return ()
 
+    def stored(self, tensors: dict[str, Tensor], originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a file holds of an attached model's tensors; loading it onto the bare backbone gives the same function.
+
+        Args:
+            tensors: what was trained, by its name in a file: "adapter.…", "head.…" and "override.…" with state-dict
+                names; also meta tensors. A file's own tensors are returned as they are.
+            originals: the overrides as they were before, by state-dict name.
+        """
+        return tensors
+
     def check_mergeable(self) -> None:
         """Raises a `ValueError` that says why, where linear layers cannot compute what the method added.
 
@@ -58,6 +68,27 @@ def beside(weight: Tensor) -> dict[str, Any]:
     """Device and dtype of what stands beside a backbone's weight: the kernels mix float32 with low dtypes, but not with
     float64."""
     return {"device": weight.device, "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32}
+
+
+def norm_names(model: nn.Module) -> list[str]:
+    """The parameters of all normalisation layers."""
+    # By the class's name: timm has its own norm classes, fused and not, which share no base.
+    layers = {name: module for name, module in model.named_modules() if "norm" in type(module).__name__.lower()}
+    return [name for prefix, layer in layers.items() for name, _ in layer.named_parameters(prefix, recurse=False)]
+
+
+def norms_and_biases(model: nn.Module, norms: bool, biases: bool) -> list[str]:
+    """The overrides of a method that also trains every normalisation layer, or the linear biases inside the blocks."""
+    from ..sites import find_blocks  # here, so that naming a method need not wait for timm
+
+    of_norms = norm_names(model)
+    names = list(of_norms) if norms else []
+    if biases:
+        # Not only those of `nn.Linear`: EVA's and BEiT's attentions hold the bias of `qkv` as a bare `q_bias`.
+        for prefix, block in find_blocks(model).items():
+            inside = (name for name, _ in block.named_parameters(prefix) if name.endswith("bias"))
+            names += [name for name in inside if name not in of_norms]
+    return names
 
 
 def check_flags(method: Method, *names: str) -> None:

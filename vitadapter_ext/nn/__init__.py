@@ -2,5 +2,6 @@
 
 from .adapter import FusedAdapter
 from .arc import ARCBasis, FusedARC
+from .consolidator import FusedConsolidator
 
-__all__ = ["ARCBasis", "FusedARC", "FusedAdapter"]
+__all__ = ["ARCBasis", "FusedARC", "FusedAdapter", "FusedConsolidator"]

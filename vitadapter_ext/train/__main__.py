@@ -82,7 +82,7 @@ def _add_method_flags(group) -> None:
 def _shown(default: object) -> object:
     if isinstance(default, bool):
         return "on" if default else "off"
-    return ",".join(default) if isinstance(default, tuple) else default
+    return ",".join(map(str, default)) if isinstance(default, tuple) else default
 
 
 def _methods() -> str:

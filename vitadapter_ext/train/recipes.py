@@ -36,7 +36,12 @@ RECIPES = {
             "augmentation": "affine",
             "baselines": True,
         },
-        by_method={"arc": {"lr": 2e-2, "rank": 16}, "full": {"lr": 5e-4}},
+        by_method={
+            "arc": {"lr": 2e-2, "rank": 16},
+            # Half the width of 128, as the paper's 384 of 768: blocks of 6x2, 2x2, 8x2 and 2x8.
+            "consolidator": {"groups": (64,), "drop_path": 0.0},
+            "full": {"lr": 5e-4},
+        },
     ),
     "general": Recipe(
         description="the default with --model",
@@ -92,6 +97,25 @@ RECIPES = {
             "clip_grad": 1.0,
             "head_init": "zero",
             "augmentation": "random-crop",
+        },
+    ),
+    "consolidator-vtab": Recipe(
+        description="Consolidator, as on VTAB-1k; learning rate, weight decay and drop-path are in the middle of what "
+        "each task chooses from (5e-4 to 1e-2, 0 to 0.1, 0 to 0.8)",
+        source="Hao et al., Consolidator, ICLR 2023, and its published code, which never shuffles, warms up from 1e-6 "
+        "and ends at 1e-5, where this schedule has 0",
+        checkpoint="vit_base_patch16_224.orig_in21k",
+        method="consolidator",
+        options={"groups": (384,), "shuffle": False, "drop_path": 0.5},
+        settings={
+            "epochs": 100,
+            "warmup_epochs": 10,
+            "batch_size": 64,
+            "lr": 2e-3,
+            "weight_decay": 1e-2,
+            "backbone_drop_path": 0.1,
+            "augmentation": "none",
+            "squash": True,
         },
     ),
     "seed-project": Recipe(
