@@ -58,7 +58,8 @@ bool run_fast_in_memory(const char* op, const Tensor& like, const BytesOf& bytes
   });
 }
 
-// A Backend (adapter.h, arc.h) of functors forward(x, problem) and backward(x, problem) that are called with T.
+// A Backend (adapter.h, arc.h, consolidator.h) of functors forward(x, problem), backward(x, problem) and, where an op
+// has it, weight(weight, problem), that are called with T.
 template <typename Calls>
 struct CudaBackend {
   template <typename Problem>
@@ -68,6 +69,10 @@ struct CudaBackend {
   template <typename Problem>
   static void backward(const Tensor& x, const Problem& problem) {
     run(x, [&](auto t) { Calls::template backward<decltype(t)>(x, problem); });
+  }
+  template <typename Problem>
+  static void weight(const Tensor& weight, const Problem& problem) {
+    run(weight, [&](auto t) { Calls::template weight<decltype(t)>(weight, problem); });
   }
 
  private:
