@@ -37,15 +37,16 @@ def test_every_fast_kernel_on_the_emulator():
     print(finished.stdout)  # how many cases, by kernel: pytest -s shows it
     assert finished.returncode == 0, finished.stdout + finished.stderr
     summary = r"((?:^  .+: \d+ cases\n)+)fast {} kernels: (\d+) cases in (\d+) orders of threads, 0 failures"
-    adapter, arc = (re.search(summary.format(op), finished.stdout, re.MULTILINE) for op in ("adapter", "ARC"))
-    for counted in (adapter, arc):
+    ops = ("adapter", "ARC", "consolidator")
+    summaries = [re.search(summary.format(op), finished.stdout, re.MULTILINE) for op in ops]
+    for counted in summaries:
         assert counted and int(counted[2]) == 80 and int(counted[3]) >= 5
     # Of every kernel that a training step launches, each arithmetic, each way to store x and each number of ranks.
     launched = choices(json.loads(run("launches").stdout))
-    sampled, of_arc = (
-        choices(re.findall(r"^  (.+): \d+ cases$", counted[1], re.MULTILINE)) for counted in (adapter, arc)
+    sampled, of_arc, of_consolidator = (
+        choices(re.findall(r"^  (.+): \d+ cases$", counted[1], re.MULTILINE)) for counted in summaries
     )
-    assert sampled | of_arc == launched
+    assert sampled | of_arc | of_consolidator == launched
     # ARC goes through the adapter's kernels: all of those that it may have, too.
     assert {name for name, _ in of_arc} == {"AdapterForwardKernel", "ReductionKernel", "ArcReductionEnd"}
     assert all(of_arc[place] == launched[place] for place in of_arc)

@@ -12,6 +12,7 @@
 #include <new>
 #include <optional>
 #include <random>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -489,6 +490,16 @@ inline double epsilon(DType dtype) {
 
 inline int failures = 0;
 
+template <typename Problem>
+std::string sizes_of(const Problem& p) {
+  const auto text = [](const char* name, int64_t size) { return std::string(", ") + name + std::to_string(size); };
+  const std::string rows = std::to_string(p.rows) + " rows";
+  if constexpr (requires { p.rank; }) return rows + text("dim ", p.dim) + text("rank ", p.rank);
+  if constexpr (requires { p.branches; }) {
+    return rows + text("in ", p.in) + text("out ", p.out) + text("groups ", p.branch[0].groups);
+  }
+}
+
 template <typename AnyCase, typename AnyOutputs>
 void compare(const char* kernel, int number, const AnyCase& c, const AnyOutputs& outputs, const Exact& e) {
   size_t output = 0;
@@ -503,9 +514,8 @@ void compare(const char* kernel, int number, const AnyCase& c, const AnyOutputs&
                            (buffer->dtype == DType::kFloat16 ? 0x1p-25 : 0);
       // float16 ends at 65504, and a NaN must fail.
       if (error <= bound || (buffer->dtype == DType::kFloat16 && std::abs(sum.value) > 65000)) continue;
-      std::printf("%s, case %d (%ld rows, dim %ld, rank %ld): %s[%ld] is %g, expected %g, error %g > %g\n", kernel,
-                  number, long(c.forward.rows), long(c.forward.dim), long(c.forward.rank), name, long(i), buffer->at(i),
-                  sum.value, error, bound);
+      std::printf("%s, case %d (%s): %s[%ld] is %g, expected %g, error %g > %g\n", kernel, number,
+                  sizes_of(c.forward).c_str(), name, long(i), buffer->at(i), sum.value, error, bound);
       ++failures;
       break;
     }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda_arc_cases.h"
+#include "cuda_consolidator_cases.h"
 #include "cuda_report.h"
 #include "pairwise.h"
 
@@ -55,30 +56,37 @@ std::string launches() {
   constexpr std::pair<int, int64_t> kArchitectures[] = {{80, 163 << 10}, {90, 227 << 10}, {100, 227 << 10}};
   constexpr int64_t kRows = 12'608;
   for (const auto& [architecture, shared_bytes] : kArchitectures) {
+    settings = Settings{};
+    settings.shared_bytes = shared_bytes;
+    settings.multiprocessors = 132;
+    settings.dry = true;
+    begin_case(7, 0);
+    statistics.launches.clear();
     for (const Numbers& numbers : kNumbers) {
       for (int64_t rank : {16, 64, 256}) {
-        settings = Settings{};
-        settings.shared_bytes = shared_bytes;
-        settings.multiprocessors = 132;
-        settings.dry = true;
-        begin_case(7, 0);
         const auto c = make_case(full_options(1, 768, rank, numbers));
         c->forward.rows = c->backward.rows = kRows;
         Outputs outputs(*c, kAllGrads);
         const auto arc = make_arc_case(c->options, 1);
         arc->forward.rows = arc->backward.rows = kRows;
         ArcOutputs arc_outputs(*arc, kAllArcGrads);
-        statistics.launches.clear();
         run_forward(outputs.forward(*c), {});
         run_backward(outputs.backward(*c), {});
         run_forward<ArcCase>(arc_outputs.forward(*arc), {});
         run_backward<ArcCase>(arc_outputs.backward(*arc), {});
-        for (const Launch& launch : statistics.launches) {
-          // Of those that several problems share, the one that takes most.
-          auto& most = kernels[name_of(launch)].try_emplace(architecture, launch).first->second;
-          if (launch.shared_bytes > most.shared_bytes) most = launch;
-        }
       }
+    }
+    for (const ConsolidatorLayer& layer : kConsolidatorLayers) {
+      const auto c = make_consolidator_case(
+          full_consolidator_options(1, layer.in, layer.out, layer.groups, kConsolidatorNumbers[0]));
+      c->forward.rows = c->backward.rows = kRows;
+      ConsolidatorOutputs outputs(*c, kAllConsolidatorGrads);
+      run_consolidator(outputs, *c);
+    }
+    for (const Launch& launch : statistics.launches) {
+      // Of those that several problems share, the one that takes most.
+      auto& most = kernels[name_of(launch)].try_emplace(architecture, launch).first->second;
+      if (launch.shared_bytes > most.shared_bytes) most = launch;
     }
   }
   std::string text;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cuda_arc_cases.h"
+#include "cuda_consolidator_cases.h"
 
 namespace vitadapter::test {
 namespace {
@@ -20,10 +21,10 @@ using cuda::emulator::Site;
 // A trial that is ready to run again and again, with one of the sites ignored.
 using Run = std::function<void(const Site& ignored)>;
 
-template <typename AnyCase>
-Run prepared(const Trial& trial, int number, std::shared_ptr<const AnyCase> problem) {
-  return [=, expected = exact_of(*problem)](const Site& ignored) {
-    Trial faulty = trial;
+template <typename AnyTrial, typename AnyCase>
+Run prepared(const AnyTrial& trial, int number, std::shared_ptr<const AnyCase> problem, const Exact& expected) {
+  return [=](const Site& ignored) {
+    AnyTrial faulty = trial;
     faulty.settings.ignored_site = ignored;
     check_trial(number, faulty, *problem, expected, kOrders);
   };
@@ -45,9 +46,27 @@ std::vector<Run> prepared_trials(const Make& make_problem) {
         trial.request.keep = keep;
         const int number = int(all.size());
         begin_case(1, number);
-        all.push_back(prepared(trial, number, make_problem(trial.options)));
+        const auto problem = make_problem(trial.options);
+        all.push_back(prepared(trial, number, problem, exact_of(*problem)));
       }
     }
+  }
+  return all;
+}
+
+// Cases with several tiles a block and branches whose groups differ.
+std::vector<Run> prepared_consolidator_trials() {
+  std::vector<Run> all;
+  for (int needs : {int(kInputGrad), int(kWeightGrads), int(kBiasGrads), int(kAllConsolidatorGrads)}) {
+    ConsolidatorTrial trial;
+    trial.options = full_consolidator_options(70, 16, 48, {8, 2}, kConsolidatorNumbers[0]);
+    trial.options.drop_path = 0.5;
+    trial.settings.multiprocessors = 1;
+    trial.needs = needs;
+    const int number = int(all.size());
+    begin_case(1, number);
+    const std::shared_ptr<const ConsolidatorCase> problem = make_consolidator_case(trial.options);
+    all.push_back(prepared(trial, number, problem, exact(*problem)));
   }
   return all;
 }
@@ -101,6 +120,7 @@ int check_faults() {
   const auto arc = [](const CaseOptions& o) { return std::shared_ptr<const ArcCase>(make_arc_case(o, 1)); };
   const auto known = leave_out("fast adapter kernels", prepared_trials(adapter), {});
   leave_out("what only ARC's kernels have", prepared_trials(arc), known);
+  leave_out("fast consolidator kernels", prepared_consolidator_trials(), {});
   return failures - before;
 }
 

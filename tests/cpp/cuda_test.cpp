@@ -20,14 +20,14 @@ int main(int argc, char** argv) {
   int found = 0;
   if (!*what) {
     found = check_emulator() + check_adapter_samples(1, kAll) + check_adapter_limits() + check_arc_samples(1, kAll) +
-            check_arc_limits() + check_faults();
+            check_arc_limits() + check_consolidator_samples(1, kAll) + check_consolidator_limits() + check_faults();
   } else if (!std::strcmp(what, "samples")) {
     const int seed = argc > 2 ? std::atoi(argv[2]) : 0, most = argc > 3 ? std::atoi(argv[3]) : kAll;
     if (seed < 1 || most < 1) {
       std::fprintf(stderr, "cuda_test: samples takes a seed and a number of cases, both from 1 on\n");
       return 2;
     }
-    found = check_adapter_samples(seed, most) + check_arc_samples(seed, most);
+    found = check_adapter_samples(seed, most) + check_arc_samples(seed, most) + check_consolidator_samples(seed, most);
   } else if (!std::strcmp(what, "everywhere")) {
     int part = 1, parts = 1;
     if (argc > 2 && (std::sscanf(argv[2], "%d/%d", &part, &parts) != 2 || part < 1 || part > parts)) {

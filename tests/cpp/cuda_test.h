@@ -19,12 +19,16 @@ int check_faults();
 // cuda_adapter_test.cpp
 int check_adapter_samples(int seed, int most);
 int check_adapter_everywhere(int part, int parts);
-// {"kernel": {"sm_80": {"threads": ..., "shared": ...}, ...}, ...}: how the kernels of adapters and ARC are launched on
-// three architectures.
+// {"kernel": {"sm_80": {"threads": ..., "shared": ...}, ...}, ...}: how the fast kernels are launched on three
+// architectures.
 std::string launches();
 
 // cuda_arc_test.cpp
 int check_arc_samples(int seed, int most);
 int check_arc_limits();
+
+// cuda_consolidator_test.cpp
+int check_consolidator_samples(int seed, int most);
+int check_consolidator_limits();
 
 }  // namespace vitadapter::test
