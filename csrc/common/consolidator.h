@@ -17,7 +17,7 @@
 //   grad_sum  = Σ g, what a bias of base's would get
 //
 // x, weights and g are rounded to the compute dtype where they enter a product; all else is float32, or float64 when
-// the tensors are. Tensors are contiguous. Rows may be 0.
+// the tensors are. The CPU kernels' sums of g are of the rounded g. Tensors are contiguous. Rows may be 0.
 #pragma once
 
 #include "philox.h"
