@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tests.conftest import assert_as_good_as_eager
 from tests.problems import LOW, short
 from vitadapter_ext import ops, reference
-from vitadapter_ext.ops import consolidated_linear
+from vitadapter_ext.ops import _common, consolidated_linear
 from vitadapter_ext.ops.consolidator import in_weight_is_faster
 
 F32 = torch.float32
@@ -142,15 +142,43 @@ def test_auto_is_in_the_weight_from_so_many_rows_on_and_never_with_drop_path():
 def test_drop_path_in_the_weight_is_refused():
     with pytest.raises(ValueError, match="in_weight=True needs drop_path=0: in a weight, no sample's branch can be"):
         listed(consolidated_linear, make(), drop_path=0.1, in_weight=True)
+    with pytest.raises(ValueError, match="in_weight is 'yes'; it must be 'auto', True or False"):
+        listed(consolidated_linear, make(), in_weight="yes")
+
+
+@pytest.mark.parametrize("in_weight", [True, False])
+def test_without_kernels_it_is_the_same(in_weight, monkeypatch):
+    tensors, grad = make(), torch.randn(3, 37, 36)
+    expected = run(consolidated_linear, tensors, grad, in_weight=in_weight)
+    monkeypatch.setattr(_common, "has_kernels", lambda device: False)
+    monkeypatch.setattr(_common, "warn_without_kernels", lambda device: None)
+    for name, value in run(consolidated_linear, tensors, grad, in_weight=in_weight).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("in_weight", ["auto", True, False])
+def test_it_exports_for_any_number_of_images(in_weight):
+    tensors = {name: t.detach() for name, t in make(rows=(2, 197), width=768, out=768).items()}
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return listed(consolidated_linear, tensors | {"x": x}, in_weight=in_weight)
+
+    dynamic = {"x": {0: torch.export.Dim("images")}}
+    with torch.no_grad():
+        exported = torch.export.export(Layer(), (tensors["x"],), dynamic_shapes=dynamic).module()
+        x = torch.randn(5, 197, 768)
+        torch.testing.assert_close(exported(x), Layer()(x))
 
 
 @pytest.mark.parametrize("in_weight", [True, False])
 def test_double_backward_is_refused_clearly(in_weight):
     tensors = make()
     y = listed(consolidated_linear, tensors, in_weight=in_weight)
-    gx, gw = torch.autograd.grad(y.square().sum(), [tensors["x"], tensors["weights0"]], create_graph=True)
-    with pytest.raises(RuntimeError, match="no double backward pass; use vitadapter_ext.reference.consolidator for"):
-        (gx.sum() + gw.sum()).backward()
+    gradients = torch.autograd.grad(y.square().sum(), [tensors["x"], tensors["weights0"]], create_graph=True)
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match="no double backward pass; use vitadapter_ext.reference.consolidator"):
+            gradient.sum().backward(retain_graph=True)
 
 
 @pytest.mark.parametrize(("dtype", "parameters"), [(F32, F32), (torch.bfloat16, F32)], ids=short)
@@ -165,17 +193,20 @@ BAD = {
         "weights0": (36, 5)
     },
     r"a weight has shape \(35, 2\) for 24 inputs": {"weights1": (35, 2)},
-    r"a bias has shape \(24,\); expected \(out,\) = \(36,\)": {"biases1": (24,)},
+    r"(biases\[1\]|a bias) has shape \(24,\); expected (\(out,\) = )?\(36,\)": {"biases1": (24,)},
+    r"weight has shape \(36, 23\); expected \(out, in\) with in = 24": {"weight": (36, 23)},
+    r"weight has shape \(36,\); expected \(out, in\) with in = 24": {"weight": (36,)},
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("in_weight", [True, False])
 @pytest.mark.parametrize("message", BAD)
-def test_bad_arguments_say_what_was_given_and_what_is_accepted(message):
+def test_bad_arguments_say_what_was_given_and_what_is_accepted(message, in_weight):
     tensors = {name: t.detach() for name, t in make().items()}
     for name, shape in BAD[message].items():
         tensors[name] = torch.ones(shape)
     with pytest.raises(RuntimeError, match=f"^consolidator: {message}"):
-        listed(consolidated_linear, tensors, in_weight=False)
+        listed(consolidated_linear, tensors, in_weight=in_weight)
 
 
 OPTIONS = {
@@ -191,8 +222,17 @@ OPTIONS = {
 }
 
 
+def test_no_inputs_are_refused():
+    for op in (
+        lambda: consolidated_linear(torch.zeros(2, 0), torch.zeros(4, 0), None, [torch.zeros(4, 2)], in_weight=True),
+        lambda: torch.ops.vitadapter.consolidator_weight(torch.zeros(4, 0), [torch.zeros(4, 2)], True, torch.float32),
+    ):
+        with pytest.raises(RuntimeError, match=r"consolidator: (x has shape \(2, 0\)|there are no inputs)"):
+            op()
+
+
 @pytest.mark.parametrize("message", OPTIONS)
-def test_bad_options_of_the_op(message, monkeypatch):
+def test_bad_options_of_the_op(message):
     arguments = {"weights": [torch.ones(36, 2)] * 2, "biases": [torch.ones(36)] * 2} | OPTIONS[message]
     if len(arguments["weights"]) != 2:
         arguments["biases"] = []

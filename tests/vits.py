@@ -36,7 +36,7 @@ METHODS = {
     "arc-attn": va.Arc(rank=2, positions=("attn",)),
     # 8 divides the sizes of every layer above.
     "consolidator": va.Consolidator(groups=(8,), drop_path=0.0, train_norms=False, train_biases=False),
-    "consolidator-branches": va.Consolidator(groups=(8, 4), drop_path=0.0, shuffle=False),
+    "consolidator-branches": va.Consolidator(groups=(8, 4), drop_path=0.0, shuffle=False, in_weight=True),
     "linear-probe": va.LinearProbe(),
     "full": va.FullFineTune(),
     "bitfit": va.BitFit(),

@@ -31,6 +31,7 @@ struct ConsolidatorArguments {
 };
 
 inline void check_branches(const TensorList& weights, int64_t in) {
+  VA_CHECK(in > 0, "consolidator: there are no inputs; expected at least 1");
   VA_CHECK(!weights.empty() && weights.size() <= size_t(kMaxBranches), "consolidator: there are ", weights.size(),
            " branches; from 1 to ", kMaxBranches, " are accepted");
   for (const Tensor& weight : weights) {

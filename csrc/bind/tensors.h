@@ -122,15 +122,16 @@ inline void check_shape(const char* op, NamedTensor named, std::initializer_list
            "; expected ", meaning, " = ", shape_text(expected));
 }
 
-// Every tensor on x's device, and all float64 or a mix of float32 and one low dtype.
+// Every tensor on the first one's device, and all float64 or a mix of float32 and one low dtype.
 inline void check_devices_and_dtypes(const char* op, const std::vector<NamedTensor>& tensors, ScalarType compute) {
+  const char* const first = tensors.front().name;
   const Tensor& x = tensors.front().tensor;
   ScalarType low = ScalarType::Float;
   auto check_dtype = [&](const char* name, ScalarType type) {
     const bool known = type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
                        type == ScalarType::Double;
     VA_CHECK(known, op, ": ", name, " is ", text(type), "; float32, bfloat16, float16 and float64 are accepted");
-    VA_CHECK(is_wide(type) == is_wide(x.scalar_type()), op, ": ", name, " is ", text(type), " and x is ",
+    VA_CHECK(is_wide(type) == is_wide(x.scalar_type()), op, ": ", name, " is ", text(type), " and ", first, " is ",
              text(x.scalar_type()), "; float64 cannot be mixed with another dtype");
     if (is_wide(type) || type == ScalarType::Float) return;
     VA_CHECK(low == ScalarType::Float || low == type, op, ": ", name, " is ", text(type),
@@ -138,8 +139,8 @@ inline void check_devices_and_dtypes(const char* op, const std::vector<NamedTens
     low = type;
   };
   for (const NamedTensor& each : tensors) {
-    VA_CHECK(each.tensor.device() == x.device(), op, ": ", each.name, " is on ", device_text(each.tensor), " and x on ",
-             device_text(x), "; all tensors of a call must be on one device");
+    VA_CHECK(each.tensor.device() == x.device(), op, ": ", each.name, " is on ", device_text(each.tensor), " and ",
+             first, " on ", device_text(x), "; all tensors of a call must be on one device");
     check_dtype(each.name, each.tensor.scalar_type());
   }
   check_dtype("the compute dtype", compute);

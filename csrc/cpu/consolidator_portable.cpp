@@ -17,6 +17,8 @@ using Doubles = std::vector<double>;
 
 // A chunk has sums of its own, so it must have rows enough to pay for adding them up.
 constexpr int64_t kChunkRows = 64, kMostChunks = 64;
+// All chunks' sums together; a single chunk's may be more.
+constexpr int64_t kSumsBytes = 16 << 20;
 
 // A branch as it is worked with: its weights as operands, and where its places read x.
 struct Branch {
@@ -89,6 +91,11 @@ struct Sums {
       bias.emplace_back(p.bias_grad[i].data ? p.out : 0);
     }
   }
+  int64_t bytes() const {
+    size_t count = grad.size();
+    for (size_t i = 0; i < weight.size(); ++i) count += weight[i].size() + bias[i].size();
+    return int64_t(count * sizeof(double));
+  }
   void add(const Sums& other) {
     const auto add_to = [](Doubles& sums, const Doubles& values) {
       for (size_t i = 0; i < sums.size(); ++i) sums[i] += values[i];
@@ -132,9 +139,11 @@ void add_chunk(const ConsolidatorBackward& p, const std::vector<Branch>& branche
 
 void consolidator_backward_portable(const ConsolidatorBackward& p, ParallelFor parallel_for) {
   const std::vector<Branch> branches = read_operands(p);
-  const int64_t chunk_rows = std::max(kChunkRows, (p.rows + kMostChunks - 1) / kMostChunks);
+  const Sums zeros(p);
+  const int64_t most_chunks = std::clamp<int64_t>(kSumsBytes / std::max<int64_t>(zeros.bytes(), 1), 1, kMostChunks);
+  const int64_t chunk_rows = std::max(kChunkRows, (p.rows + most_chunks - 1) / most_chunks);
   const int64_t chunks = std::max<int64_t>((p.rows + chunk_rows - 1) / chunk_rows, 1);
-  std::vector<Sums> sums(chunks, Sums(p));
+  std::vector<Sums> sums(chunks, zeros);
   for_ranges(parallel_for, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {
       add_chunk(p, branches, chunk * chunk_rows, std::min(p.rows, (chunk + 1) * chunk_rows), sums[chunk]);

@@ -338,8 +338,8 @@ struct ConsolidatorBackwardEnd {
   }
 };
 
-// Two blocks for each of an H200's multiprocessors, of at least two tiles and in at most 16 MB, whatever gradients are
-// asked for.
+// Two blocks for each of an H200's multiprocessors, of at least two tiles and, but for a single one, in at most 16 MB,
+// whatever gradients are asked for.
 int64_t slices_of(const ConsolidatorBackward& p) {
   constexpr int64_t kMost = 264, kMostFloats = 4 << 20, kRows = 2 * kFour;
   int64_t floats = p.out * (1 + p.branches);

@@ -31,7 +31,8 @@ class Consolidator(Method):
     """Branches of grouped weights beside the linear layers of every block: W·x + b + Σ_i drop_path(G_i·x + c_i).
 
     `merge` adds them to the layers. A file holds one branch as it is, and of several, which have entries in common, the
-    sums: it is loaded for inference and merging. The trained bias of a layer goes into c there.
+    sums: it is loaded for inference and merging. The trained bias of a layer goes into c there, so that who trains on
+    from a file drops it with the branch.
 
     Args:
         groups: for each branch, in how many blocks its weight is divided; a number that divides both sizes of each
@@ -39,11 +40,11 @@ class Consolidator(Method):
         shuffle: whether a branch's inputs are shuffled among its groups.
         drop_path: while training, the probability in [0, 1) of dropping a branch for an image.
         targets: some of "qkv", "proj", "fc1" and "fc2"; where a ViT has one of them in parts, each of them.
+        train_norms: also trains every normalisation layer.
+        train_biases: also trains the biases of the linear layers inside the blocks.
         bias: of the branches, c. "auto": where the layer has a saved bias of its own, so that it can be merged; True:
             everywhere, and merging refuses where there is none; False: nowhere.
         in_weight: whether to train inside a copy of the weight, without drop-path; "auto" where it is the faster way.
-        train_norms: also trains every normalisation layer.
-        train_biases: also trains the biases of the linear layers inside the blocks.
     Raises:
         ValueError: a field outside what is said here.
     """
@@ -55,10 +56,10 @@ class Consolidator(Method):
     shuffle: bool = option(True, "shuffle a branch's inputs")
     drop_path: float = option(0.5, "of a branch, by image")
     targets: tuple[str, ...] = option(tuple(TARGETS), "of " + ",".join(TARGETS))
-    bias: str | bool = option("auto", "whether there are biases")
-    in_weight: str | bool = option("auto", "train inside the weight; no drop-path")
     train_norms: bool = option(True, "train the norms too")
     train_biases: bool = option(True, "train the linear biases too")
+    bias: str | bool = option("auto", "whether there are biases")
+    in_weight: str | bool = option("auto", "train inside the weight; no drop-path")
 
     def __post_init__(self) -> None:
         targets = self.targets if isinstance(self.targets, (tuple, list)) else (self.targets,)

@@ -195,10 +195,11 @@ class FusedConsolidator(_Consolidated):
 
 
 class StoredConsolidator(_Consolidated):
-    """What a file holds of several branches that have entries in common: the sums; for inference and for merging.
+    """What a file holds of several branches that have entries in common: the sums; for inference and for merging, they
+    get no gradients.
 
-    Arguments are those of the `FusedConsolidator` whose function it has. Parameters are `weight` (n,), the sums at the
-    branches' `entries`, and `bias` (out,).
+    Arguments are those of the `FusedConsolidator` whose function it has, but for drop_path. Parameters are `weight`
+    (n,), the sums at the branches' `entries`, and `bias` (out,).
     """
 
     def __init__(
@@ -239,10 +240,11 @@ class StoredConsolidator(_Consolidated):
                 "can no longer be dropped or trained one by one; train from the run's last.ckpt, attach anew, or call "
                 "eval()"
             )
-        padded = F.pad(self.weight, (0, 1))
+        padded = F.pad(self.weight.detach(), (0, 1))
         weights = [padded[getattr(self, f"source_{i}")] for i in range(len(self.kinds))]
         # One bias for all branches: it goes with the first.
-        biases = [] if self.bias is None else [self.bias, *[torch.zeros_like(self.bias)] * (len(weights) - 1)]
+        bias = None if self.bias is None else self.bias.detach()
+        biases = [] if bias is None else [bias, *[torch.zeros_like(bias)] * (len(weights) - 1)]
         return consolidator(x, weights, biases, base=base, shuffle=self.shuffle)
 
     @torch.no_grad()

@@ -120,53 +120,72 @@ def consolidated_linear(
     compute_dtype: torch.dtype | None = None,
     in_weight: bool | str = "auto",
 ) -> Tensor:
-    """x·weightᵀ + bias + the branches of `consolidator`, in one of two ways that agree up to rounding.
+    """x·weightᵀ + bias + the branches of `consolidator` (ICLR 2023), in one of two ways that agree up to rounding.
 
     Beside the layer, the branches are added to its output in one pass; in its weight (no drop-path), they are added to
     a copy of the weight, and there is nothing but one matrix product. Either way g and x are read once for the
-    parameters' gradients, and Σ g, the gradient of `bias`, comes with them.
+    parameters' gradients, and Σ g, the gradient of `bias`, comes with them. In the weight, a low compute dtype rounds
+    the sum of weight and branch, as it does in a merged model.
 
     Args:
         x: (..., in).
         weight: (out, in); bias: (out,).
         weights, biases, shuffle, drop_path, samples, seed, compute_dtype: as in `consolidator`.
-        in_weight: True or False, or "auto": in the weight where there is no drop-path and rows enough that it is the
-            faster way.
+        in_weight: True or False, or "auto": in the weight where gradients are needed, there is no drop-path and there
+            are rows enough that it is the faster way.
     Returns: (..., out) in the compute dtype.
     Raises:
-        ValueError: in_weight=True with drop-path.
-        RuntimeError: as `consolidator`.
+        ValueError: in_weight=True with drop-path, or another in_weight.
+        RuntimeError: as `consolidator`, or weight of another shape.
     """
-    if compute_dtype is None:
-        compute_dtype = _common.default_compute_dtype(x)
-    weights, biases = list(weights), list(biases)
+    if in_weight not in (True, False, "auto"):
+        raise ValueError(f"consolidator: in_weight is {in_weight!r}; it must be 'auto', True or False")
     if in_weight is True and drop_path:
         raise ValueError(
             "consolidator: in_weight=True needs drop_path=0: in a weight, no sample's branch can be dropped"
         )
-    inside = in_weight is True or (in_weight == "auto" and not drop_path and in_weight_is_faster(x, weight))
-    tensors = (x, weight, bias, *weights, *biases)
-    if not _common.kernels_serve(x.device):
-        inside = False
-    elif _common.needs_function(tensors):
-        if seed is None and drop_path:
-            seed = _common.draw_seed(x)
-        settings = (shuffle, float(drop_path), samples, compute_dtype)
-        return _ConsolidatedLinear.apply(x, weight, bias, seed, inside, len(weights), settings, *weights, *biases)
+    if compute_dtype is None:
+        compute_dtype = _common.default_compute_dtype(x)
+    weights, biases = list(weights), list(biases)
+    _common.check_rows("consolidator", x)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        shape = tuple(weight.shape)
+        raise RuntimeError(f"consolidator: weight has shape {shape}; expected (out, in) with in = {x.shape[-1]}")
+    trains = _common.needs_function((x, weight, bias, *weights, *biases))
+    inside = in_weight is True
+    if in_weight == "auto" and trains and not drop_path and not torch.compiler.is_exporting():
+        inside = in_weight_is_faster(x, weight)
+    if seed is None and drop_path:
+        seed = _common.draw_seed(x)
+    settings = (shuffle, float(drop_path), samples, compute_dtype)
+    has_kernels = _common.kernels_serve(x.device)
     if inside:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(compute_dtype), *_inside(weight, bias, weights, biases, shuffle, compute_dtype))
+        _check(x, weights, biases, drop_path, samples)
+        if len(weights[0]) != len(weight):
+            raise RuntimeError(
+                f"consolidator: weight has shape {tuple(weight.shape)} and a branch's weight "
+                f"{tuple(weights[0].shape)}; expected as many outputs"
+            )
+    if has_kernels and trains:
+        return _ConsolidatedLinear.apply(x, weight, bias, seed, inside, len(weights), settings, *weights, *biases)
     with torch.autocast(x.device.type, enabled=False):
-        low = [None if t is None else t.to(compute_dtype) for t in (x, weight, bias)]
-        base = F.linear(*low)
-    return consolidator(
-        x, weights, biases, base=base, shuffle=shuffle, drop_path=drop_path, samples=samples, seed=seed,
-        compute_dtype=compute_dtype,
-    )  # fmt: skip
+        low = x.to(compute_dtype)
+        if inside:
+            if has_kernels:
+                whole = _weight(weight, weights, shuffle, compute_dtype)
+            else:
+                whole = reference.consolidated_weight(weight, weights, shuffle).to(compute_dtype)
+            return F.linear(low, whole, _whole_bias(bias, biases, compute_dtype))
+        base = F.linear(low, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
+        return consolidator(
+            x, weights, biases, base=base, shuffle=shuffle, drop_path=drop_path, samples=samples, seed=seed,
+            compute_dtype=compute_dtype,
+        )  # fmt: skip
 
 
 def in_weight_is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether making a weight with the branches in it moves fewer bytes than adding them to this layer's output."""
+    """Whether, in training, making a weight with the branches in it moves fewer bytes than adding them to this layer's
+    output and to x's gradient."""
     out, width = weight.shape
     rows = x.numel() // width
     # Beside: base is read and y written once more, x read; backward gx read and written once more. In the weight: the
@@ -174,12 +193,16 @@ def in_weight_is_faster(x: Tensor, weight: Tensor) -> bool:
     return rows * (3 * width + 2 * out) > 4 * width * out
 
 
-def _inside(weight, bias, weights, biases, shuffle, dtype):
-    """Weight and bias of the layer with the branches in it, in `dtype`."""
+def _whole_bias(bias, biases, dtype):
+    """That of the layer with the branches in it, in `dtype`."""
     total = None if bias is None else bias.to(torch.promote_types(bias.dtype, torch.float32))
     for each in biases:
         total = each if total is None else total + each
-    return _weight(weight, weights, shuffle, dtype), None if total is None else total.to(dtype)
+    return None if total is None else total.to(dtype)
+
+
+def _product(grad, multiplied, x):
+    return [(grad @ multiplied).to(x.dtype)]
 
 
 class _ConsolidatedLinear(torch.autograd.Function):
@@ -192,14 +215,14 @@ class _ConsolidatedLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             low = x.to(dtype)
             if inside:
-                multiplied, total = _inside(weight, bias, weights, biases, shuffle, dtype)
-                y = F.linear(low, multiplied, total)
+                multiplied = _weight(weight, weights, shuffle, dtype)
+                y = F.linear(low, multiplied, _whole_bias(bias, biases, dtype))
             else:
                 multiplied = weight.to(dtype)
                 base = F.linear(low, multiplied, None if bias is None else bias.to(dtype))
                 y = _forward(x, base, weights, biases, seed, *settings)
-        # What is multiplied by is kept: to make it again costs as much as the branches.
-        ctx.save_for_backward(x, multiplied, bias, seed, *parameters)
+        # Kept where it is needed: to make it again costs as much as the branches.
+        ctx.save_for_backward(x, multiplied if ctx.needs_input_grad[0] else None, bias, seed, *parameters)
         ctx.inside, ctx.branches, ctx.settings, ctx.weight_dtype = inside, branches, settings, weight.dtype
         return y
 
@@ -211,9 +234,9 @@ class _ConsolidatedLinear(torch.autograd.Function):
         gx = gw = None
         with torch.autocast(x.device.type, enabled=False):
             if needs_x:
-                gx = (grad @ multiplied).to(x.dtype)
+                (gx,) = _common.once("consolidator", _product, grad, multiplied, x)
             if needs_weight:
-                gw = grad.reshape(-1, len(multiplied)).T @ x.to(grad.dtype).reshape(-1, x.shape[-1])
+                gw = grad.reshape(-1, grad.shape[-1]).T @ x.to(grad.dtype).reshape(-1, x.shape[-1])
         # In the weight, gx is whole already.
         beside = needs_x and not ctx.inside
         whole, total, grads = _gradients(
@@ -251,15 +274,19 @@ def _check(x, weights, biases, drop_path, samples=None, **others) -> None:
 
 
 def _check_weights(weights, width) -> None:
+    if width < 1:
+        raise RuntimeError("consolidator: there are no inputs; expected at least 1")
     if not 1 <= len(weights) <= MAX_BRANCHES:
         raise RuntimeError(f"consolidator: there are {len(weights)} branches; from 1 to {MAX_BRANCHES} are accepted")
     for weight in weights:
         shape = tuple(weight.shape)
-        fits = len(shape) == 2 and shape[0] > 0 and shape[1] > 0 and shape[0] == weights[0].shape[0]
-        if not fits or width % shape[1] or shape[0] % (width // shape[1]):
+        is_matrix = len(shape) == 2 and min(shape) > 0
+        fits = is_matrix and shape[0] == weights[0].shape[0] and width % shape[1] == 0
+        if not fits or shape[0] % (width // shape[1]):
+            outputs = f" and {weights[0].shape[0]} outputs" if is_matrix else ""
             raise RuntimeError(
-                f"consolidator: a weight has shape {shape} for {width} inputs; expected (out, in / groups), with "
-                "groups that divide in and out"
+                f"consolidator: a weight has shape {shape} for {width} inputs{outputs}; expected (out, in / groups), "
+                "with groups that divide in and out"
             )
 
 
