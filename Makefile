@@ -48,7 +48,7 @@ resources: cpp-build
 	build/cmake/cuda_test launches > build/cmake/launches.json
 	$(BIN)/python -m benchmarks.resources --launches build/cmake/launches.json $(ARGS)
 
-# Times an op (adapter, arc) beside plain PyTorch and torch.compile, into benchmarks/results. A part of the other one:
+# Times an op (adapter, arc, consolidator) beside plain PyTorch and torch.compile, into benchmarks/results. A part of one:
 # make bench OP=arc ARGS="--cells --quick"
 OP ?= adapter
 bench: $(VENV)/tools

@@ -41,6 +41,8 @@ LIMITS = {
     "checks": 140,
     "bandwidth": 35,
     "ratios": 80,
+    "branches": 45,
+    "layers": 30,
     "host": 25,
     "launches": 30,
     "grid": 55,
@@ -52,9 +54,11 @@ START = 10  # seconds of a phase's time for a process to import torch and to end
 
 TEST_FILES = [f"tests/test_adapter{part}.py" for part in ("", "_autograd", "_behaviour", "_cuda")]
 TEST_FILES += [f"tests/test_arc{part}.py" for part in ("", "_autograd", "_behaviour", "_module", "_cuda")]
-TEST_FILES += ["tests/test_ops.py"]
+TEST_FILES += [f"tests/test_consolidator{part}.py" for part in ("", "_autograd", "_module", "_cuda")]
+TEST_FILES += ["tests/test_consolidated_linear.py", "tests/test_ops.py"]
 # Small cases of each kind: the sanitizer slows everything down a hundredfold.
-SANITIZED, SANITIZED_FILES = "a_few_of_each_kind", ["tests/test_adapter_cuda.py", "tests/test_arc_cuda.py"]
+SANITIZED = "a_few_of_each_kind"
+SANITIZED_FILES = [f"tests/test_{op}_cuda.py" for op in ("adapter", "arc", "consolidator")]
 
 Phase = dict[str, Any]
 

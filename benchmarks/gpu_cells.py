@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_plans
-from benchmarks.gpu_problem import MIXES, Function, Problem
+from benchmarks.gpu_problem import Function, Problem, mixes_of, named_size, problem_of
 from benchmarks.gpu_timing import After, Work, gpu_times, host_times, kernels, peak_bytes, waits_for_gpu
-from vitadapter_ext import ARCBasis, FusedAdapter, FusedARC
 
 RANKS = (8, 64, 128, 256)
 LARGE = 131_072  # tokens: 201 MB at dim 768 in bfloat16
@@ -28,19 +27,35 @@ Measure = Callable[[Problem], dict[str, Any]]
 PASSES = ("forward", "backward", "both")
 
 
-def bandwidth(problem: Problem) -> dict[str, Any]:
-    works = problem.passes(problem.functions["ours"])
-    facts = problem.check()
-    times = gpu_times({f"{part} ours": works[part] for part in PASSES[:2]} | {"copy": problem.copy()}, rounds=25)
-    elements = problem.tokens * problem.dim
-    copy = 2 * elements * problem.mix.x.itemsize / times["copy"]["median"] / 1e6
-    row = facts | {"ms": times, "copy_GB_per_s": round(copy), "GB_per_s": {}, "TFLOP_per_s": {}, "share": {}}
-    for (part, compulsory), products in zip(problem.compulsory_bytes().items(), (2, 4), strict=True):
+def _rates(problem: Problem, times: dict[str, Any], copied: int) -> dict[str, Any]:
+    """What the times of ours say beside that of a copy of so many bytes."""
+    copy = copied / times["copy"]["median"] / 1e6
+    row = {"copy_GB_per_s": round(copy), "GB_per_s": {}, "TFLOP_per_s": {}, "share": {}}
+    for part, compulsory in problem.compulsory_bytes.items():
         took = times[f"{part} ours"]["median"]
         row["GB_per_s"][part] = round(compulsory / took / 1e6)
-        row["TFLOP_per_s"][part] = float(f"{2 * products * elements * problem.rank / took / 1e9:.3g}")
+        row["TFLOP_per_s"][part] = float(f"{problem.flops[part] / took / 1e9:.3g}")
         row["share"][part] = round(compulsory / took / 1e6 / copy, 4)
     return row
+
+
+def bandwidth(problem: Problem) -> dict[str, Any]:
+    facts, (copy, copied) = problem.check(), problem.copy()
+    works = problem.works({"ours": problem.functions["ours"]}, PASSES[:2])
+    times = gpu_times(works | {"copy": copy}, rounds=25)
+    return facts | {"ms": times} | _rates(problem, times, copied)
+
+
+def branches(problem: Problem) -> dict[str, Any]:
+    """Beside the authors' form and a copy."""
+    facts, (copy, copied) = problem.check(), problem.copy()
+    times = gpu_times(problem.works(problem.functions, PASSES) | {"copy": copy})
+    return facts | {"ms": times} | _rates(problem, times, copied)
+
+
+def layers(problem: Problem) -> dict[str, Any]:
+    functions = problem.functions | {"plain": problem.plain}
+    return problem.check() | {"auto": problem.auto, "ms": problem.times(functions, PASSES[2:])}
 
 
 def ratios(problem: Problem) -> dict[str, Any]:
@@ -84,13 +99,7 @@ def host(problem: Problem) -> dict[str, Any]:
 
 def module_step(problem: Problem) -> Work:
     """Forward and backward of the module, with the gradients of x and of all its parameters."""
-    to = {"device": problem.grad.device, "dtype": problem.mix.parameters}
-    if problem.mix.arc:
-        module = FusedARC(ARCBasis(problem.dim, problem.rank, **to), **to)
-        inputs = (problem.inputs["x"],)
-    else:
-        module = FusedAdapter(problem.dim, problem.rank, init="bert", **to)
-        inputs = (problem.inputs["x"], problem.inputs["residual"])
+    module, inputs = problem.module()
     wanted = [problem.inputs["x"], *module.parameters()]
 
     def step() -> tuple[Tensor, ...]:
@@ -172,26 +181,33 @@ def sweep(problem: Problem) -> dict[str, Any]:
 
 def _grid_sizes() -> Iterator[tuple]:
     dims, ranks, tokens = (768, 192, 384, 1_280), (8, 64, 1, 3, 16, 128, 256), (BATCH, 8, 197, 1_576, 100_864)
-    mixes = list(MIXES)
+    mixes = mixes_of("adapter", "ARC")
     for i, (rank, n) in enumerate((rank, n) for rank in ranks for n in tokens):
         # bfloat16 everywhere; the others thinned, so that every two of mix, dim, rank and tokens still meet.
         yield from (("bfloat16", dim, rank, n) for dim in dims)
         yield from ((mix, dims[(i + j) % len(dims)], rank, n) for j, mix in enumerate(mixes[1:]))
 
 
-RATIO_MIXES, ARC_MIXES = list(MIXES)[:4], [name for name, mix in MIXES.items() if mix.arc]
+ADAPTER, ARC, CONSOLIDATOR, LINEAR = map(mixes_of, ("adapter", "ARC", "consolidator", "consolidated linear"))
+RATIO_MIXES = ADAPTER[:4]
 SWEPT = ("bfloat16", "float32 in bfloat16", "float32 in TF32", "float32")
-# Phase: what is done, and with which (mix, dim, rank, tokens), the most important first.
+VIT_B = ("qkv", "proj", "fc1", "fc2")
+BRANCHES = [(layer, (384,)) for layer in VIT_B] + [("qkv", groups) for groups in ((384, 96), (384, 192, 96, 48))]
+# Phase: what is done, and with which mix and size of its op, the most important first.
 PHASES: dict[str, tuple[Measure, list[tuple]]] = {
-    "bandwidth": (bandwidth, [(mix, 768, rank, LARGE) for mix in list(MIXES)[:2] for rank in RANKS]),
+    "bandwidth": (bandwidth, [(mix, 768, rank, LARGE) for mix in ADAPTER[:2] for rank in RANKS]),
     "ratios": (ratios, [(mix, 768, rank, LARGE) for mix in RATIO_MIXES for rank in (64, 8)]
-               + [(mix, 768, rank, LARGE) for mix in ARC_MIXES for rank in (50, 64)]
+               + [(mix, 768, rank, LARGE) for mix in ARC for rank in (50, 64)]
                + [(mix, 768, rank, BATCH) for mix in RATIO_MIXES for rank in (64, 8)]),
-    "host": (host, [(mix, 64, 8, 16) for mix in RATIO_MIXES + ARC_MIXES]),
-    "launches": (launches, [(mix, 768, 64, BATCH) for mix in RATIO_MIXES + ARC_MIXES]),
+    "branches": (branches, [(mix, *of, BATCH) for mix in CONSOLIDATOR for of in BRANCHES]),
+    "layers": (layers, [(mix, layer, (384,), BATCH) for mix in LINEAR for layer in VIT_B]),
+    "host": (host, [(mix, 64, 8, 16) for mix in RATIO_MIXES + ARC]
+             + [(mix, "tiny", (8,), 16) for mix in CONSOLIDATOR]),
+    "launches": (launches, [(mix, 768, 64, BATCH) for mix in RATIO_MIXES + ARC]
+                 + [(mix, "qkv", groups, BATCH) for mix in CONSOLIDATOR for groups in ((384,), (384, 192, 96, 48))]),
     "grid": (grid, list(_grid_sizes())),
     "sweep": (sweep, [(mix, 768, r, n) for mix in SWEPT for n in (LARGE, BATCH, 1_576) for r in RANKS]),
-    "autotune": (autotune, [(mix, 768, rank, LARGE) for mix in list(MIXES)[:2] for rank in (64, 8)]),
+    "autotune": (autotune, [(mix, 768, rank, LARGE) for mix in ADAPTER[:2] for rank in (64, 8)]),
 }  # fmt: skip
 
 
@@ -204,9 +220,9 @@ def measure(sizes: list[tuple], measure_one: Measure, seconds: float, write: Cal
         if started - begin + last > seconds:
             write({"end": "out of time"})
             return
-        row = dict(zip(("mix", "dim", "rank", "tokens"), size, strict=True))
+        row = named_size(*size)
         try:
-            write(row | measure_one(Problem(*size)))
+            write(row | measure_one(problem_of(*size)))
         except Exception as error:
             write(row | {"error": f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:300]}"})
             if isinstance(error, torch.AcceleratorError):

@@ -1,15 +1,17 @@
-"""What is computed in one cell of `make gpu`? A mix of dtypes, a size, and an adapter or ARC, forward and backward:
-ours, and as one writes it in plain PyTorch, against which ours is checked before anything is timed."""
+"""What is computed in one cell of `make gpu`? A mix of dtypes, a size, and an op, forward and backward: ours, and as
+one writes it in plain PyTorch, against which ours is checked before anything is timed."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks import consolidator
 from benchmarks.gpu_timing import After, Work, gpu_times
+from vitadapter_ext import ARCBasis, FusedAdapter, FusedARC, FusedConsolidator
 from vitadapter_ext.ops import adapter, arc
 
 Function = Callable[..., Tensor]
@@ -18,10 +20,10 @@ Function = Callable[..., Tensor]
 class Mix(NamedTuple):
     x: torch.dtype
     parameters: torch.dtype
-    residual: torch.dtype | None = None  # None: x is the residual
+    residual: torch.dtype | None = None  # None: x is the residual; of the consolidator, the base's
     autocast: bool = False  # to bfloat16
     tf32: bool = False
-    arc: bool = False  # in place of an adapter
+    op: str = "adapter"
 
 
 DEVICE = "cuda"  # for the tests, another one
@@ -34,9 +36,19 @@ MIXES = {
     "float16": Mix(F16, F16),
     "float32": Mix(F32, F32),
     "float32 in TF32": Mix(F32, F32, tf32=True),
-    "ARC bfloat16": Mix(BF16, BF16, arc=True),
-    "ARC float32 in bfloat16": Mix(F32, F32, autocast=True, arc=True),
+    "ARC bfloat16": Mix(BF16, BF16, op="ARC"),
+    "ARC float32 in bfloat16": Mix(F32, F32, autocast=True, op="ARC"),
+    "consolidator bfloat16": Mix(BF16, BF16, residual=BF16, op="consolidator"),
+    "consolidator float32 in bfloat16": Mix(F32, F32, residual=BF16, autocast=True, op="consolidator"),
+    "consolidator float32": Mix(F32, F32, residual=F32, op="consolidator"),
+    "consolidated linear bfloat16": Mix(BF16, BF16, op="consolidated linear"),
+    "consolidated linear float32 in bfloat16": Mix(F32, F32, autocast=True, op="consolidated linear"),
+    "consolidated linear float32": Mix(F32, F32, op="consolidated linear"),
 }
+
+
+def mixes_of(*ops: str) -> list[str]:
+    return [name for name, mix in MIXES.items() if mix.op in ops]
 
 
 # How many times as far as all rows together a row may be from eager's: the largest of many, with large numbers in it.
@@ -60,39 +72,33 @@ def arc_ours(x, basis, rescale, bias):
 
 
 class Problem:
-    """Inputs of one cell, all with gradients, and what is done with them."""
+    """Inputs of one cell and what is done with them. A kind of problem sets what is only declared here, and then calls
+    `begin`."""
 
-    def __init__(self, mix: str, dim: int, rank: int, tokens: int):
-        self.mix, self.dim, self.rank, self.tokens = MIXES[mix], dim, rank, tokens
+    inputs: dict[str, Tensor | None]  # of every function
+    functions: dict[str, Function]  # the last one, eager, is what the others are checked against
+    base: dict[str, Tensor]  # of "y" and "gradient of x": what the branch is added to
+    y_dtype: torch.dtype
+    # Forward and backward.
+    compulsory_bytes: dict[str, int]
+    flops: dict[str, int]
+
+    def __init__(self, mix: str):
+        self.mix = MIXES[mix]
         torch.manual_seed(0)
         torch.backends.cuda.matmul.allow_tf32 = self.mix.tf32
         torch._dynamo.reset()  # or the kernels of an earlier cell would serve this one with symbolic sizes
 
-        def tensor(*shape: int, spread: float, dtype: torch.dtype = self.mix.parameters) -> Tensor:
-            return (spread * torch.randn(*shape, device=DEVICE)).to(dtype).requires_grad_()
+    def tensor(self, *shape: int, spread: float, dtype: torch.dtype | None = None) -> Tensor:
+        return (spread * torch.randn(*shape, device=DEVICE)).to(dtype or self.mix.parameters).requires_grad_()
 
-        self.inputs = {"x": tensor(tokens, dim, spread=1, dtype=self.mix.x)}
-        if self.mix.arc:
-            self.inputs |= {
-                "basis": tensor(dim, rank, spread=dim**-0.5),
-                "rescale": tensor(rank, spread=1),
-                "bias": tensor(dim, spread=0.1),
-            }
-        else:
-            residual = self.mix.residual and tensor(tokens, dim, spread=1, dtype=self.mix.residual)
-            self.inputs |= {
-                "residual": residual,
-                "down": tensor(rank, dim, spread=dim**-0.5),
-                "down_bias": tensor(rank, spread=0.1),
-                "up": tensor(dim, rank, spread=rank**-0.5),
-                "up_bias": tensor(dim, spread=0.1),
-            }
-        self.functions: dict[str, Function] = (
-            {"ours": arc_ours, "eager": arc_eager} if self.mix.arc else {"ours": ours, "eager": eager}
-        )
-        self.tensors = {name: tensor for name, tensor in self.inputs.items() if tensor is not None}
-        self.y_dtype = torch.promote_types(self.mix.x, self.mix.residual or self.mix.x)
-        self.grad = torch.randn(tokens, dim, device=DEVICE).to(self.y_dtype)
+    def begin(self, *y_shape: int) -> None:
+        self.tensors = {name: t for name, t in self.inputs.items() if t is not None and t.requires_grad}
+        self.grad = torch.randn(*y_shape, device=DEVICE).to(self.y_dtype)
+
+    def module(self) -> tuple[nn.Module, Sequence[Tensor | None]]:
+        """One that computes the same, and its inputs."""
+        raise NotImplementedError
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Without its cache: every call converts its parameters once, as every layer does in a training step, however
@@ -105,7 +111,9 @@ class Problem:
             return function(*self.inputs.values())
 
     def backward(self, y: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(y, list(self.tensors.values()), self.grad, retain_graph=retain_graph)
+        return torch.autograd.grad(
+            y, list(self.tensors.values()), self.grad, retain_graph=retain_graph, allow_unused=True
+        )
 
     def passes(self, function: Function) -> dict[str, Work]:
         def forward() -> Tensor:
@@ -117,17 +125,11 @@ class Problem:
             "both": lambda: self.backward(forward()),
         }
 
-    def copy(self) -> Work:
-        source, target = self.inputs["x"].detach(), torch.empty_like(self.inputs["x"])
-        return lambda: target.copy_(source)
-
-    def compulsory_bytes(self) -> dict[str, int]:
-        """Forward, x and a residual of its own read, y and the hidden layer (float32) written; backward, dy and x read
-        and the gradient of x written, three streams: from x, a hidden layer could be computed again."""
-        x, y = self.mix.x.itemsize, self.y_dtype.itemsize
-        residual = self.mix.residual.itemsize if self.mix.residual else 0
-        of_token = {"forward": (x + residual + y) * self.dim + 4 * self.rank, "backward": (2 * x + y) * self.dim}
-        return {part: self.tokens * each for part, each in of_token.items()}
+    def copy(self) -> tuple[Work, int]:
+        """Of the largest tensor, and the bytes that it moves."""
+        source = max((tensor.detach() for tensor in self.tensors.values()), key=lambda tensor: tensor.nbytes)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source), 2 * source.nbytes
 
     def results(self, function: Function) -> dict[str, Tensor]:
         """y and every gradient."""
@@ -148,9 +150,6 @@ class Problem:
             return tensor.square().mean(-1).max().sqrt().item()
 
         of_branch = 0.03 if self.mix.autocast or self.mix.x != F32 else 0.01
-        base = {"y": self.inputs["x" if self.mix.residual is None else "residual"].detach()}
-        if self.mix.residual is None:
-            base["gradient of x"] = self.grad
         # One bias is a sum that may be near 0 by chance. Of the same terms, each times about 1, are its many weights.
         like = {"gradient of down_bias": "gradient of down"}
         parts = []
@@ -159,7 +158,7 @@ class Problem:
             apart = value.float() - right
             difference = size(apart)
             added = expected[like.get(name, name)].float()
-            branch = size(added - base[name].float() if name in base else added)
+            branch = size(added - self.base[name].float() if name in self.base else added)
             bound = of_branch * branch + torch.finfo(value.dtype).eps * size(right)
             # Written so that a NaN fails.
             if not difference <= bound:
@@ -171,9 +170,137 @@ class Problem:
         return max(parts)
 
     def check(self) -> dict[str, float]:
-        found, expected = (self.results(function) for function in self.functions.values())
-        return {"difference": float(f"{self.compare(found, expected):.2g}")}
+        expected = self.results(self.functions["eager"])
+        found = [self.compare(self.results(f), expected) for name, f in self.functions.items() if name != "eager"]
+        return {"difference": float(f"{max(found):.2g}")}
 
-    def times(self, functions: dict[str, Function], parts: tuple[str, ...], **options: Any) -> dict[str, Any]:
+    def works(self, functions: dict[str, Function], parts: Iterable[str]) -> dict[str, Work]:
         passes = {name: self.passes(function) for name, function in functions.items()}
-        return gpu_times({f"{part} {name}": passes[name][part] for part in parts for name in functions}, **options)
+        return {f"{part} {name}": passes[name][part] for part in parts for name in functions}
+
+    def times(self, functions: dict[str, Function], parts: Iterable[str], **options: Any) -> dict[str, Any]:
+        return gpu_times(self.works(functions, parts), **options)
+
+
+class SandwichProblem(Problem):
+    """An adapter or ARC."""
+
+    def __init__(self, mix: str, dim: int, rank: int, tokens: int):
+        super().__init__(mix)
+        self.dim, self.rank = dim, rank
+        x, is_arc = self.mix.x, self.mix.op == "ARC"
+        self.inputs = {"x": self.tensor(tokens, dim, spread=1, dtype=x)}
+        if is_arc:
+            self.inputs |= {
+                "basis": self.tensor(dim, rank, spread=dim**-0.5),
+                "rescale": self.tensor(rank, spread=1),
+                "bias": self.tensor(dim, spread=0.1),
+            }
+        else:
+            residual = self.mix.residual and self.tensor(tokens, dim, spread=1, dtype=self.mix.residual)
+            self.inputs |= {
+                "residual": residual,
+                "down": self.tensor(rank, dim, spread=dim**-0.5),
+                "down_bias": self.tensor(rank, spread=0.1),
+                "up": self.tensor(dim, rank, spread=rank**-0.5),
+                "up_bias": self.tensor(dim, spread=0.1),
+            }
+        self.functions = {"ours": arc_ours, "eager": arc_eager} if is_arc else {"ours": ours, "eager": eager}
+        self.y_dtype = torch.promote_types(x, self.mix.residual or x)
+        self.begin(tokens, dim)
+        self.base = {"y": self.inputs["x" if self.mix.residual is None else "residual"].detach()}
+        if self.mix.residual is None:
+            self.base["gradient of x"] = self.grad
+        # Forward, x and a residual of its own read, y and the hidden layer (float32) written; backward, dy and x read
+        # and the gradient of x written, three streams: from x, a hidden layer could be computed again.
+        elements, residual_size = tokens * dim, self.mix.residual.itemsize if self.mix.residual else 0
+        self.compulsory_bytes = {
+            "forward": elements * (x.itemsize + residual_size + self.y_dtype.itemsize) + 4 * tokens * rank,
+            "backward": elements * (2 * x.itemsize + self.y_dtype.itemsize),
+        }
+        self.flops = {"forward": 4 * elements * rank, "backward": 8 * elements * rank}
+
+    def module(self) -> tuple[nn.Module, Sequence[Tensor | None]]:
+        to = {"device": DEVICE, "dtype": self.mix.parameters}
+        if self.mix.op == "ARC":
+            return FusedARC(ARCBasis(self.dim, self.rank, **to), **to), (self.inputs["x"],)
+        inputs = (self.inputs["x"], self.inputs["residual"])
+        return FusedAdapter(self.dim, self.rank, init="bert", **to), inputs
+
+
+class ConsolidatorProblem(Problem):
+    """Branches that are added to a base; eager is the authors' grouped convolution."""
+
+    def __init__(self, mix: str, layer: str, groups: Sequence[int], tokens: int):
+        super().__init__(mix)
+        self.layer, self.groups = layer, groups
+        (width, out), images = consolidator.LAYERS[layer], consolidator.samples(tokens)
+        parameters = consolidator.parameters(self.tensor, layer, groups)
+        self.y_dtype = self.mix.residual
+        self.inputs = {
+            "x": self.tensor(*images, width, spread=1, dtype=self.mix.x),
+            "base": self.tensor(*images, out, spread=1, dtype=self.y_dtype),
+            **_numbered(parameters),
+        }
+        branches = consolidator.branches()
+        self.functions = {"ours": branches["ours"], "eager": branches["conv"]}
+        self.base = {"y": self.inputs["base"].detach()}
+        self.begin(*images, out)
+        # Forward, x and base read and y written; backward, dy and x read and the gradient of x written.
+        x, y = (self.inputs[name].nbytes for name in ("x", "base"))
+        self.compulsory_bytes = {"forward": x + 2 * y, "backward": 2 * x + y}
+        product = sum(2 * tokens * width * out // g for g in groups)
+        self.flops = {"forward": product, "backward": 2 * product}
+
+    def module(self) -> tuple[nn.Module, Sequence[Tensor | None]]:
+        to = {"device": DEVICE, "dtype": self.mix.parameters}
+        module = FusedConsolidator(*consolidator.LAYERS[self.layer], self.groups, **to)
+        return module, (self.inputs["x"], self.inputs["base"])
+
+
+class ConsolidatedLinearProblem(Problem):
+    """A frozen layer with branches: ours in each of its ways; eager has the convolution beside it."""
+
+    def __init__(self, mix: str, layer: str, groups: Sequence[int], tokens: int):
+        super().__init__(mix)
+        (width, out), images = consolidator.LAYERS[layer], consolidator.samples(tokens)
+        parameters = consolidator.parameters(self.tensor, layer, groups)
+        self.y_dtype = BF16 if self.mix.autocast else self.mix.x
+        self.inputs = {
+            "x": self.tensor(*images, width, spread=1, dtype=self.mix.x),
+            "weight": self.tensor(out, width, spread=width**-0.5).detach(),
+            "bias": self.tensor(out, spread=0.1).detach(),
+            **_numbered(parameters),
+        }
+        layers = consolidator.layers()
+        self.plain = layers.pop("plain")  # without branches, and so with no gradients of theirs
+        self.functions = layers | {"eager": layers.pop("conv")}
+        self.auto = consolidator.auto(self.inputs["x"], self.inputs["weight"])
+        self.base = {}
+        self.begin(*images, out)
+
+
+def _numbered(parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    weights, biases = consolidator.halves(parameters)
+    return {f"weight {i}": weight for i, weight in enumerate(weights)} | {
+        f"bias {i}": bias for i, bias in enumerate(biases)
+    }
+
+
+KINDS: dict[str, tuple[type[Problem], tuple[str, ...]]] = {
+    "adapter": (SandwichProblem, ("dim", "rank", "tokens")),
+    "ARC": (SandwichProblem, ("dim", "rank", "tokens")),
+    "consolidator": (ConsolidatorProblem, ("layer", "groups", "tokens")),
+    "consolidated linear": (ConsolidatedLinearProblem, ("layer", "groups", "tokens")),
+}
+
+
+def named_size(mix: str, *size: Any) -> dict[str, Any]:
+    """A mix and a size of its op as the beginning of a row."""
+    _, names = KINDS[MIXES[mix].op]
+    return {"mix": mix, **dict(zip(names, size, strict=True))}
+
+
+def problem_of(mix: str, *size: Any) -> Problem:
+    kind, _ = KINDS[MIXES[mix].op]
+    return kind(mix, *size)

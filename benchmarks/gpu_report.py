@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.report import judged, table
+from benchmarks.report import judged, size, table
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -17,6 +17,8 @@ STRETCH = 0.7
 OVER = {"forward": {"eager": 3.0, "compile": 1.5}, "backward": {"eager": 1.9, "compile": 1.4}}
 FORWARD_OVER_EAGER_WITH_RESIDUAL, FORWARD_OVER_AUTOTUNE = 2.1, 1.15
 ARC_OVER = {"forward": {"eager": 3.0}}
+BRANCHES_OVER_CONV = 4.0
+IN_WEIGHT_OF_PLAIN, AUTO_OF_FASTER = 1.25, 1.03  # times as long
 HOST_US = {"forward": 15, "both": 70}
 HOST_OF_EAGER = 0.5
 KERNELS = {"forward": 1, "both": 4}  # one forward, at most three backward
@@ -28,6 +30,8 @@ TITLES = {
     "checks": "Tests and compute-sanitizer",
     "bandwidth": "Forward and backward beside a copy",
     "ratios": "Forward and backward beside eager and torch.compile",
+    "branches": "The consolidator's branches beside the grouped convolution (eager) and a copy",
+    "layers": "A linear layer with a consolidator's branch, its weight frozen, beside the layer alone",
     "host": "What a call costs the host",
     "launches": "Kernels, waiting and memory",
     "grid": "Many sizes and mixes of dtypes against eager, forward and backward",
@@ -36,14 +40,10 @@ TITLES = {
 }
 
 
-def size(row: Row) -> str:
-    return f"{row['mix']} {row['tokens']:,} × {row['dim']} r {row['rank']}"
-
-
 def targets(phases: dict[str, Row]) -> list[Row]:
     """Every target with what was measured for it; one that nothing was measured for says why."""
     found = []
-    for name in ("bandwidth", "ratios", "autotune", "grid", "host", "launches"):
+    for name in _TARGETS:
         if name not in phases:
             continue
         phase = phases[name]
@@ -90,6 +90,26 @@ def _ratios(rows: list[Row]) -> list[Row]:
     return found
 
 
+def _branches(rows: list[Row]) -> list[Row]:
+    what = "forward + backward over the grouped convolution"
+    return [_judged(what, size(row), ratio(row, "both", "eager"), BRANCHES_OVER_CONV) for row in rows]
+
+
+def _layers(rows: list[Row]) -> list[Row]:
+    found = []
+    for row in rows:
+        took = {name: spread["median"] for name, spread in _of_part(row, "both").items()}
+        of_plain, of_faster = (
+            took["in-weight"] / took["plain"],
+            took[row["auto"]] / min(took["in-weight"], took["beside"]),
+        )
+        what = "in-weight training, of the plain layer's time"
+        found.append(_judged(what, size(row), of_plain, IN_WEIGHT_OF_PLAIN, at_most=True))
+        what = "auto, of the faster way's time"
+        found.append(_judged(what, size(row), of_faster, AUTO_OF_FASTER, at_most=True))
+    return found
+
+
 def _autotune(rows: list[Row]) -> list[Row]:
     what, target = "forward over max-autotune", FORWARD_OVER_AUTOTUNE
     return [_judged(what, size(row), ratio(row, "forward", "max-autotune"), target) for row in rows]
@@ -128,7 +148,7 @@ def _launches(rows: list[Row]) -> list[Row]:
             at_most(row, f"kernels, {WORDS[part]}", row["kernels"]["ours"][part], target)
             at_most(row, f"waits for the GPU, {WORDS[part]}", int(row["waits"][part]), 0)
         at_most(row, "the module, kernels that are not ours", len(row["foreign"]), 0)
-        hidden_mb = 4 * row["tokens"] * row["rank"] / MB
+        hidden_mb = 4 * row["tokens"] * row.get("rank", 0) / MB  # the consolidator has no hidden layer
         our = {what: size / MB for what, size in row["bytes"]["ours"].items()}
         at_most(row, "saved for backward beside the inputs (MB)", our["saved"], hidden_mb)
         at_most(row, "workspace, backward (MB)", our["workspace"], WORKSPACE_MB + hidden_mb)
@@ -138,6 +158,8 @@ def _launches(rows: list[Row]) -> list[Row]:
 _TARGETS = {
     "bandwidth": _bandwidth,
     "ratios": _ratios,
+    "branches": _branches,
+    "layers": _layers,
     "autotune": _autotune,
     "grid": _grid,
     "host": _host,
@@ -195,13 +217,20 @@ def _times(row: Row) -> list[list[str]]:
             continue
         line = [f"{name} {s['median']:.4g} ({s['p20']:.4g}–{s['p80']:.4g})" for name, s in spreads.items()]
         for key in ("GB_per_s", "TFLOP_per_s"):
-            line += [f"{row[key][part]:,} {key.replace('_per_', '/')}"] if key in row else []
-        line += [f"{100 * row['share'][part]:.0f} % of copy"] if "share" in row else []
-        if "ms" in row:
+            line += [f"{row[key][part]:,} {key.replace('_per_', '/')}"] if part in row.get(key, {}) else []
+        line += [f"{100 * row['share'][part]:.0f} % of copy"] if part in row.get("share", {}) else []
+        if "ms" in row and "ours" in spreads:
             others = [name for name in spreads if name not in ("ours", "copy")]
             line += [f"{other} / ours {ratio(row, part, other):.2f}" for other in others]
         lines.append([words, *line])
     return lines
+
+
+def _layer_lines(row: Row) -> list[list[str]]:
+    (line,), spreads = _times(row), _of_part(row, "both")
+    plain = spreads["plain"]["median"]
+    of_plain = [f"{name} / plain {spread['median'] / plain:.2f}" for name, spread in spreads.items() if name != "plain"]
+    return [[*line, *of_plain, f"auto is {row['auto']}"]]
 
 
 def _grid_lines(row: Row) -> list[list[str]]:
@@ -228,7 +257,7 @@ def _launch_lines(row: Row) -> list[list[str]]:
     return [[*counts, *sizes, names, "; ".join(row["foreign"]) or "none"]]
 
 
-_LINES = {"grid": _grid_lines, "sweep": _sweep_lines, "launches": _launch_lines}
+_LINES = {"layers": _layer_lines, "grid": _grid_lines, "sweep": _sweep_lines, "launches": _launch_lines}
 _HEADERS = {
     "sweep": ["pass", "plans that fit, the fastest first", "plans that do not fit"],
     "launches": [
@@ -244,7 +273,7 @@ _HEADERS = {
 
 def document(record: Record) -> str:
     facts = [f"- {name}: {value}" for name, value in record.items() if isinstance(value, str) and value]
-    parts = ["# Adapter and ARC on a GPU", "\n".join(facts)]
+    parts = ["# Adapter, ARC and Consolidator on a GPU", "\n".join(facts)]
     parts += ["## Targets", targets_table(record["targets"]), "## Phases", phases_table(record["phases"])]
     for name, phase in record["phases"].items():
         if "rows" in phase:

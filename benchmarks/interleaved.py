@@ -98,11 +98,11 @@ def _wait_until_quiet(timeout: float) -> None:
             return
 
 
-def summarised(times: Times, others_cores: float | None = None) -> dict[str, Any]:
+def summarised(times: Times, others_cores: float | None = None, to: str = "ours") -> dict[str, Any]:
     """The row of times that are named "<pass> <function>", such as "forward eager".
 
     Returns: rounds; others_cores and whether that is noisy; for each pass "<pass>_ms" with the spread of each function,
-        and "ratio" with how many times as long as ours each function takes.
+        and "ratio" with how many times as long as the function `to` each takes.
     """
     rounds = len(next(iter(times.values())))
     noisy = others_cores is not None and others_cores > NOISY
@@ -110,7 +110,7 @@ def summarised(times: Times, others_cores: float | None = None) -> dict[str, Any
     for name, seconds in times.items():
         part, function = name.split()
         row.setdefault(f"{part}_ms", {})[function] = spread(seconds)
-        row["ratio"].setdefault(part, {})[function] = round(np.median(seconds) / np.median(times[f"{part} ours"]), 4)
+        row["ratio"].setdefault(part, {})[function] = round(np.median(seconds) / np.median(times[f"{part} {to}"]), 4)
     return row
 
 

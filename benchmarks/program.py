@@ -40,27 +40,50 @@ class Part(NamedTuple):
     environments: list[dict[str, str]]
     rounds: int  # at least
     seconds: float  # at least, for each size
+    table: Callable[[list[dict[str, Any]]], str]  # of its rows
 
 
+def _cells(rows: list[dict[str, Any]]) -> str:
+    return "\n\n".join((report.times(rows), report.targets(rows), report.floors(rows)))
+
+
+def _avx2(rows: list[dict[str, Any]]) -> str:
+    return f"{report.times(rows)}\n\n{report.targets(rows)}"
+
+
+def _host(rows: list[dict[str, Any]]) -> str:
+    return f"{report.times(rows, 'µs')}\n\n{report.targets(rows)}"
+
+
+NO_FAULT = MALLOC["no-fault"]
+HOST = Part("The cost of a call, on a tiny tensor", "test_host_cost", [NO_FAULT], 9, 1.0, _host)
+# Of the sandwich's ops.
 PARTS = {
-    "cells": Part("Ours, eager and torch.compile", "test_cell", list(MALLOC.values()), 9, 2.5),
-    "avx2": Part("Ours and eager with AVX2 alone", "test_avx2", [MALLOC["no-fault"] | AVX2], 9, 1.5),
-    "host": Part("The cost of a call, on a tiny tensor", "test_host_cost", [MALLOC["no-fault"]], 9, 1.0),
-    "grid": Part("Many sizes and mixes of dtypes against eager", "test_grid", [MALLOC["no-fault"]], 7, 0.15),
+    "cells": Part("Ours, eager and torch.compile", "test_cell", list(MALLOC.values()), 9, 2.5, _cells),
+    "avx2": Part("Ours and eager with AVX2 alone", "test_avx2", [NO_FAULT | AVX2], 9, 1.5, _avx2),
+    "host": HOST,
+    "grid": Part("Many sizes and mixes of dtypes against eager", "test_grid", [NO_FAULT], 7, 0.15, report.grid),
 }
 MEMORY = "Growth of the memory at most, forward + backward"
 QUICK = "not n12608 and not n100000"
 
 
-def main(op: str, description: str, peak_memory_work: Callable, memory_sizes: list[tuple]) -> int:
+def main(
+    op: str,
+    description: str,
+    peak_memory_work: Callable,
+    memory_sizes: list[dict[str, Any]],
+    parts: dict[str, Part] = PARTS,
+    other: str = "eager",
+) -> int:
     """The command of one op's suite, `benchmarks/bench_<op>.py`.
 
     Args:
-        peak_memory_work: of ("ours" or "eager", *size), returns the work whose memory counts.
-        memory_sizes: (mix, dim, rank, tokens) each.
+        peak_memory_work: of ("ours" or the other, size), returns the work whose memory counts.
+        other: the function whose memory ours is held against.
     """
-    arguments = _arguments(op, description)
-    chosen = [name for name in (*PARTS, "memory") if getattr(arguments, name)] or [*PARTS, "memory"]
+    arguments = _arguments(op, description, parts)
+    chosen = [name for name in (*parts, "memory") if getattr(arguments, name)] or [*parts, "memory"]
     words = [f"({words})" for words in (arguments.k, QUICK if arguments.quick else "") if words]
 
     result = {**made_with(f"make bench OP={op}"), **processor()}
@@ -71,27 +94,28 @@ def main(op: str, description: str, peak_memory_work: Callable, memory_sizes: li
     print("\n\n".join(document), flush=True)
     well = True
     for name in chosen:
-        document.append(f"## {MEMORY if name == 'memory' else PARTS[name].title}")
+        document.append(f"## {MEMORY if name == 'memory' else parts[name].title}")
         print(f"\n{document[-1]}\n", flush=True)
         if name == "memory":
-            rows = _memory_rows(peak_memory_work, memory_sizes)
+            rows = _memory_rows(peak_memory_work, memory_sizes, other)
         elif name == "avx2" and "avx2" not in _C.cpu_levels():
             rows = []
         else:
-            rows, part_well = _rows(f"benchmarks/bench_{op}.py", PARTS[name], " and ".join(words), arguments.quick)
+            rows, part_well = _rows(f"benchmarks/bench_{op}.py", parts[name], " and ".join(words), arguments.quick)
             well &= part_well
         if name == "cells" and rows:
             result["rates"] = {row["state"]: row.pop("rates") for row in rows}
             document.append(report.rates(result["rates"]))
             print(f"\n{document[-1]}")
         result[name] = rows
-        document.append(_TABLES[name](rows) if rows else "Nothing was measured: no such size, or not on this machine.")
+        table = report.memory if name == "memory" else parts[name].table
+        document.append(table(rows) if rows else "Nothing was measured: no such size, or not on this machine.")
         print(f"\n{document[-1]}", flush=True)
     missed, judged = report.missed([row for name in chosen for row in result[name]])
     document.append(f"{judged - missed} of {judged} targets reached.")
     print(f"\n{document[-1]}")
 
-    complete = len(chosen) == len(PARTS) + 1 and not words
+    complete = len(chosen) == len(parts) + 1 and not words
     if complete and well:
         RESULTS.mkdir(exist_ok=True)
         write_atomically(RESULTS / f"{op}-cpu.json", report.json_text(result).encode())
@@ -100,14 +124,14 @@ def main(op: str, description: str, peak_memory_work: Callable, memory_sizes: li
     return 0 if well else 1
 
 
-def _arguments(op: str, description: str) -> argparse.Namespace:
+def _arguments(op: str, description: str, parts: dict[str, Part]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.bench_{op}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="A complete run, with no option, also writes its results; a part is only printed.",
     )
-    titles = {name: part.title for name, part in PARTS.items()} | {"memory": MEMORY}
+    titles = {name: part.title for name, part in parts.items()} | {"memory": MEMORY}
     for name, title in titles.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"only this part, or with others: {title}")
     parser.add_argument(
@@ -140,24 +164,14 @@ def _rows(suite: str, part: Part, words: str, quick: bool) -> tuple[list[dict[st
     return rows, well
 
 
-def _memory_rows(work: Callable, sizes: list[tuple]) -> list[dict[str, Any]]:
+def _memory_rows(work: Callable, sizes: list[dict[str, Any]], other: str) -> list[dict[str, Any]]:
     rows = []
     for size in sizes:
-        row = dict(zip(("mix", "dim", "rank", "tokens"), size, strict=True))
         try:
-            grown = {name: round(peak_growth(work, name, *size) / 1e6, 1) for name in ("ours", "eager")}
+            grown = {name: round(peak_growth(work, name, size) / 1e6, 1) for name in ("ours", other)}
         except OSError:  # this system has no /proc
             return []
-        row |= {f"{name}_MB": megabytes for name, megabytes in grown.items()}
-        row["judged"] = {"ours (MB)": report.judged(grown["ours"], grown["eager"], at_most=True)}
+        row = size | {f"{name}_MB": megabytes for name, megabytes in grown.items()}
+        row["judged"] = {"ours (MB)": report.judged(grown["ours"], grown[other], at_most=True)}
         rows.append(row)
     return rows
-
-
-_TABLES = {
-    "cells": lambda rows: "\n\n".join((report.times(rows), report.targets(rows), report.floors(rows))),
-    "avx2": lambda rows: f"{report.times(rows)}\n\n{report.targets(rows)}",
-    "host": lambda rows: f"{report.times(rows, 'µs')}\n\n{report.targets(rows)}",
-    "grid": report.grid,
-    "memory": report.memory,
-}

@@ -5,18 +5,22 @@ import functools
 import mmap
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import vitadapter_ext
 from benchmarks.interleaved import take_quiet_turns, warm_up
 from benchmarks.report import spread
+from vitadapter_ext import _C
 
 LARGE, SMALL = 12_608 * 768, 1_576 * 768  # elements of the copied float32 tensors: 39 MB and 5 MB
 FRESH = 64 << 20  # bytes
 GEMM = 2048
-GEMM_DTYPES = (torch.float32, torch.bfloat16)
+# PyTorch has bfloat16 products from AVX-512 on; what runs in their place below takes a hundred times as long.
+GEMM_DTYPES = (torch.float32, torch.bfloat16) if "avx512" in _C.cpu_levels() else (torch.float32,)
 
 
 def processor() -> dict[str, str]:
@@ -50,26 +54,42 @@ def machine_rates(rounds: int, seconds: float) -> dict[str, float]:
     return {name: round(rate, 1) for name, rate in rates.items()}
 
 
-def flops(tokens: int, dim: int, rank: int) -> dict[str, int]:
-    """Of the low-rank sandwich, forward and forward + backward."""
-    return {"forward": 4 * tokens * dim * rank, "both": 12 * tokens * dim * rank}
+class Cost(NamedTuple):
+    """What an op cannot do without: {"forward", "both"} each, "both" being forward + backward."""
+
+    moved: dict[str, int]  # bytes
+    flops: dict[str, int]
+    stream: int  # bytes of the largest tensor, which says what copy is like it
 
 
-def floor_ms(tokens: int, dim: int, rank: int, dtype: torch.dtype, rates: dict[str, float]) -> dict[str, float]:
-    """The larger of compulsory bytes over the copy rate and arithmetic over the rate of a product, forward and
-    forward + backward.
-
-    Forward reads x and writes y and the hidden layer (float32); backward reads grad, x and the hidden layer and writes
-    the gradient of x.
-    """
-    stream, hidden = tokens * dim * dtype.itemsize, tokens * rank * 4
+def sandwich(tokens: int, dim: int, rank: int, dtype: torch.dtype) -> Cost:
+    """Forward reads x and writes y and the hidden layer (float32); backward reads grad, x and the hidden layer and
+    writes the gradient of x."""
+    stream, hidden, product = tokens * dim * dtype.itemsize, tokens * rank * 4, 2 * tokens * dim * rank
     moved = {"forward": 2 * stream + hidden, "both": 5 * stream + 2 * hidden}
-    copy = rates["copy_5MB_GB_per_s" if stream <= 4 * SMALL else "copy_39MB_GB_per_s"]
-    gemm = rates[f"gemm_{_name(dtype)}_GFLOP_per_s"]
-    return {
-        part: round(max(moved[part] / copy, arithmetic / gemm) / 1e6, 5)
-        for part, arithmetic in flops(tokens, dim, rank).items()
-    }
+    return Cost(moved, {"forward": 2 * product, "both": 6 * product}, stream)
+
+
+def consolidator(tokens: int, width: int, out: int, groups: Sequence[int], dtype: torch.dtype) -> Cost:
+    """Forward reads x and base and writes y; backward reads grad and x and writes the gradient of x: that of base is
+    grad itself. A branch has one product forward and two backward, and few parameters."""
+    x, y = (tokens * size * dtype.itemsize for size in (width, out))
+    product = sum(2 * tokens * width * out // g for g in groups)
+    return Cost({"forward": x + 2 * y, "both": 3 * x + 3 * y}, {"forward": product, "both": 3 * product}, max(x, y))
+
+
+def floor_ms(cost: Cost, dtype: torch.dtype, rates: dict[str, float]) -> dict[str, float]:
+    """The larger of compulsory bytes over the copy rate and arithmetic over the rate of a product, forward and
+    forward + backward."""
+    copy = rates["copy_5MB_GB_per_s" if cost.stream <= 4 * SMALL else "copy_39MB_GB_per_s"]
+    gemm = gemm_rate(dtype, rates)
+    return {part: round(max(moved / copy, cost.flops[part] / gemm) / 1e6, 5) for part, moved in cost.moved.items()}
+
+
+def gemm_rate(dtype: torch.dtype, rates: dict[str, float]) -> float:
+    """GFLOP/s of the fastest product for tensors of a dtype: all may be multiplied in float32."""
+    names = [f"gemm_{_name(each)}_GFLOP_per_s" for each in (dtype, torch.float32)]
+    return max(rates[name] for name in names if name in rates)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -46,50 +46,114 @@ def json_text(record: dict[str, Any]) -> str:
 def size(row: dict[str, Any]) -> str:
     """What every table calls a row: state (where there are several), dtypes and shape."""
     state = f"{row['state']} " if "state" in row else ""
-    return f"{state}{row['mix']} {row['tokens']:,} × {row['dim']} r {row['rank']}"
+    if "layer" in row:
+        words = [
+            row["layer"],
+            "g",
+            " + ".join(map(str, row["groups"])),
+            *([row["shuffle"]] if "shuffle" in row else []),
+        ]
+    else:
+        words = ["×", str(row["dim"]), "r", str(row["rank"])]
+    return f"{state}{row['mix']} {row['tokens']:,} {' '.join(words)}"
 
 
 def times(rows: list[dict[str, Any]], unit: str = "ms") -> str:
     """Medians with p20–p80 of every function."""
     scale = {"ms": 1, "µs": 1000}[unit]
 
-    def cell(spread: dict[str, float]) -> str:
+    def cell(spread: dict[str, float] | None) -> str:
+        if spread is None:
+            return ""
         median, p20, p80 = (f"{scale * spread[name]:.3g}" for name in ("median", "p20", "p80"))
         return f"{median} ({p20}–{p80})"
 
+    names = _functions(rows)
     body = [
-        [size(row), text, *(cell(spread) for spread in row[f"{part}_ms"].values()), row["rounds"], _others(row)]
-        for row in rows
-        for part, text in PASSES.items()
+        [size(row), text, *(cell(row[f"{part}_ms"].get(name)) for name in names), row["rounds"], _others(row)]
+        for row, part, text in _passes(rows)
     ]
-    functions = [f"{name} ({unit})" for name in rows[0]["both_ms"]]
-    return table(["size", "pass", *functions, "rounds", "other programs' cores"], body)
+    return table(["size", "pass", *(f"{name} ({unit})" for name in names), "rounds", "other programs' cores"], body)
+
+
+def ratios(rows: list[dict[str, Any]], to: str) -> str:
+    """How many times as long as one function the others take."""
+    names = [name for name in _functions(rows) if name != to]
+    body = []
+    for row, part, text in _passes(rows):
+        ratio = row["ratio"][part]
+        body.append([size(row), text, *(f"{ratio[name] / ratio[to]:.2f}" if name in ratio else "" for name in names)])
+    return table(["size", "pass", *(f"{name} / {to}" for name in names)], body)
+
+
+def slower_than(row: dict[str, Any], other: str) -> list[str]:
+    """The passes in which ours is slower than another function, by more than 3 % and by more than either spreads."""
+    found = []
+    for _, part, _ in _passes([row]):
+        spreads, ratio = row[f"{part}_ms"], row["ratio"][part].get(other, 1)
+        if ratio < 0.97 and spreads["ours"]["p20"] > spreads[other]["p80"]:
+            found.append(part)
+    return found
+
+
+def slower(rows: list[dict[str, Any]], others: list[str]) -> str:
+    """Where ours is slower than one of the others."""
+    lines = [
+        f"- {size(row)}, {PASSES[part]}: {row['ratio'][part][other]:.2f} of the speed of {other}"
+        for row in rows
+        for other in others
+        for part in slower_than(row, other)
+    ]
+    words = " or ".join(others)
+    return f"Slower than {words}:\n\n" + "\n".join(lines) if lines else f"Nothing is slower than {words}."
+
+
+def _passes(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str, str]]:
+    """Each row with each pass that it was timed for, and that one in words."""
+    return [(row, part, text) for row in rows for part, text in PASSES.items() if part in row["ratio"]]
+
+
+def _functions(rows: list[dict[str, Any]]) -> list[str]:
+    """The names of all that any row has times of."""
+    return list(dict.fromkeys(name for row in rows for name in row["both_ms"]))
 
 
 def targets(rows: list[dict[str, Any]]) -> str:
     """Every number that has a target, as "measured of target: verdict"."""
     names = list(dict.fromkeys(name for row in rows for name in row["judged"]))
-    return table(["size", *names], [[size(row), *(_verdict(row["judged"].get(n)) for n in names)] for row in rows])
+    body = [[size(row), *(_verdict(row["judged"].get(name)) for name in names)] for row in rows if row["judged"]]
+    return table(["size", *names], body)
 
 
 def floors(rows: list[dict[str, Any]]) -> str:
-    """Times beside the machine's floor, page faults that show the state of malloc, and errors against float64."""
-    body = []
-    for row in rows:
-        ours, eager = row["error"]["ours"], row["error"]["eager"]
-        body.append(
-            [
-                size(row),
-                *(f"{row[f'{part}_ms']['ours']['median'] / row['floor_ms'][part]:.2f}" for part in PASSES),
-                f"{row['GFLOP_per_s']:.0f}",
-                f"{100 * row['share_of_gemm']:.0f} %",
-                " / ".join(f"{row['page_faults'][name]:,}" for name in ("ours", "eager")),
-                f"{ours['y']:.2g} / {eager['y']:.2g}",
-                f"{ours['gradient']:.2g} / {eager['gradient']:.2g}",
-            ]
-        )
-    header = ["size", "forward / floor", "both / floor", "GFLOP/s", "of gemm", "page faults ours / eager"]
-    return table([*header, "error of y", "of the worst gradient"], body)
+    """Times beside the machine's floor, and what `accuracy` shows."""
+    body = [
+        [
+            size(row),
+            *(f"{row[f'{part}_ms']['ours']['median'] / row['floor_ms'][part]:.2f}" for part in PASSES),
+            f"{row['GFLOP_per_s']:.0f}",
+            f"{100 * row['share_of_gemm']:.0f} %",
+            *_accuracy(row),
+        ]
+        for row in rows
+    ]
+    return table(["size", "forward / floor", "both / floor", "GFLOP/s", "of gemm", *_accuracy_header(rows)], body)
+
+
+def accuracy(rows: list[dict[str, Any]]) -> str:
+    """Page faults that show the state of malloc, and errors against float64."""
+    return table(["size", *_accuracy_header(rows)], [[size(row), *_accuracy(row)] for row in rows])
+
+
+def _accuracy_header(rows: list[dict[str, Any]]) -> list[str]:
+    return [f"page faults {' / '.join(rows[0]['error'])}", "error of y", "of the worst gradient"]
+
+
+def _accuracy(row: dict[str, Any]) -> list[str]:
+    return [
+        " / ".join(f"{faults:,}" for faults in row["page_faults"].values()),
+        *(" / ".join(f"{error[of]:.2g}" for error in row["error"].values()) for of in ("y", "gradient")),
+    ]
 
 
 def rates(by_state: dict[str, dict[str, float]]) -> str:
@@ -99,11 +163,12 @@ def rates(by_state: dict[str, dict[str, float]]) -> str:
 
 def memory(rows: list[dict[str, Any]]) -> str:
     """Peak growth in MB, forward + backward once."""
+    names = [name.removesuffix("_MB") for name in rows[0] if name.endswith("_MB")]
     body = [
-        [size(row), f"{row['ours_MB']:.1f}", f"{row['eager_MB']:.1f}", row["judged"]["ours (MB)"]["verdict"]]
+        [size(row), *(f"{row[f'{name}_MB']:.1f}" for name in names), row["judged"]["ours (MB)"]["verdict"]]
         for row in rows
     ]
-    return table(["size", "ours (MB)", "eager (MB)", "ours ≤ eager"], body)
+    return table(["size", *(f"{name} (MB)" for name in names), f"ours ≤ {names[1]}"], body)
 
 
 def grid(rows: list[dict[str, Any]]) -> str:

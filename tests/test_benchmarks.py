@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_adapter, bench_arc, memory, program, rates, report, sandwich
+from benchmarks import (
+    bench_adapter,
+    bench_arc,
+    bench_consolidator,
+    consolidator,
+    memory,
+    problem,
+    program,
+    rates,
+    report,
+    sandwich,
+)
 from benchmarks.interleaved import OtherPrograms, summarised, take_quiet_turns, take_turns
 
 RATES = {
@@ -22,13 +33,23 @@ RATES = {
 }
 
 
-each_suite = pytest.mark.parametrize("suite", [bench_adapter, bench_arc], ids=lambda suite: suite.__name__)
+each_sandwich = pytest.mark.parametrize("suite", [bench_adapter, bench_arc], ids=lambda suite: suite.__name__)
+each_suite = pytest.mark.parametrize(
+    "suite", [bench_adapter, bench_arc, bench_consolidator], ids=lambda suite: suite.__name__
+)
 
 
 def tiny_row(suite=bench_adapter, **more) -> dict:
-    problem = sandwich.Problem(suite.OP, "float32", 16, 2, 5)
-    _, row = sandwich.measure(problem, suite.OP.functions, rounds=3, seconds=0)
-    return row | sandwich.cell_facts(problem, row, RATES) | more
+    tiny = sandwich.SandwichProblem(suite.OP, "float32", 16, 2, 5)
+    _, row = problem.measure(tiny, tiny.works(tiny.functions), rounds=3, seconds=0)
+    return row | sandwich.cell_facts(tiny, row, RATES) | more
+
+
+def tiny_branches(*shuffle: str) -> dict:
+    tiny = bench_consolidator.BranchProblem("float32", "tiny", (8, 2), 5, *shuffle)
+    functions = tiny.functions | {"masked": consolidator.masked("tiny", (8, 2), not shuffle)}
+    _, row = problem.measure(tiny, tiny.works(functions), rounds=3, seconds=0)
+    return row | bench_consolidator.cell_facts(tiny, row, RATES)
 
 
 def test_the_state_of_malloc_is_named(monkeypatch):
@@ -94,17 +115,30 @@ def test_every_cell_has_its_targets():
 
 def test_the_floor_is_the_larger_of_bytes_and_arithmetic():
     # float32, 1,000 × 100: a stream is 0.4 MB, the hidden layer of rank 1 is 4 KB, and the small copy is the measure.
-    floor = rates.floor_ms(1_000, 100, 1, torch.float32, RATES)
+    floor = rates.floor_ms(rates.sandwich(1_000, 100, 1, torch.float32), torch.float32, RATES)
     assert floor == {"forward": pytest.approx(0.804 / 40), "both": pytest.approx(2.008 / 40)}
     # At rank 100 there are 40 and 120 MFLOP.
-    floor = rates.floor_ms(1_000, 100, 100, torch.float32, RATES)
+    floor = rates.floor_ms(rates.sandwich(1_000, 100, 100, torch.float32), torch.float32, RATES)
     assert floor == {"forward": pytest.approx(0.4), "both": pytest.approx(1.2)}
     # In bfloat16 100,000 × 192 are 38.4 MB, which only the large copy is like.
-    floor = rates.floor_ms(100_000, 192, 1, torch.bfloat16, RATES)
+    floor = rates.floor_ms(rates.sandwich(100_000, 192, 1, torch.bfloat16), torch.bfloat16, RATES)
     assert floor["forward"] == pytest.approx((2 * 38.4 + 0.4) / 10)
 
 
-@each_suite
+def test_the_floor_of_branches():
+    # bfloat16, 1,000 rows of 100 → 300: x is 0.2 MB, base and y 0.6 MB each.
+    cost = rates.consolidator(1_000, 100, 300, (50, 20), torch.bfloat16)
+    assert cost.moved == {"forward": 1_400_000, "both": 2_400_000} and cost.stream == 600_000
+    assert cost.flops == {"forward": 1_200_000 + 3_000_000, "both": 3 * 4_200_000}
+    floor = rates.floor_ms(cost, torch.bfloat16, RATES)
+    assert floor == {"forward": pytest.approx(1.4 / 40), "both": pytest.approx(12.6 / 200)}  # bytes, arithmetic
+    # Where bfloat16 has no product, it is multiplied in float32.
+    slow = RATES | {"gemm_float32_GFLOP_per_s": 0.05}
+    del slow["gemm_bfloat16_GFLOP_per_s"]
+    assert rates.floor_ms(cost, torch.bfloat16, slow)["forward"] == pytest.approx(4.2 / 0.05)
+
+
+@each_sandwich
 def test_a_tiny_cell_has_every_field(suite):
     row = tiny_row(suite)
     assert (row["mix"], row["dim"], row["rank"], row["tokens"]) == ("float32", 16, 2, 5)
@@ -118,22 +152,92 @@ def test_a_tiny_cell_has_every_field(suite):
     assert row["GFLOP_per_s"] > 0 and set(row["judged"]) == {"forward over eager"}
 
 
+def tiny_problem(suite, mix: str) -> problem.Problem:
+    if suite is bench_consolidator:
+        return bench_consolidator.BranchProblem(mix, "tiny", (8, 2), 40)
+    return sandwich.SandwichProblem(suite.OP, mix, 32, 4, 40)
+
+
 @each_suite
-@pytest.mark.parametrize("mix", sandwich.MIXES)
-def test_every_mix_runs_and_ours_is_no_worse_than_eager(suite, mix):
-    problem = sandwich.Problem(suite.OP, mix, 32, 4, 40)
-    errors = problem.errors()
-    assert errors["ours"]["y"] <= 1.5 * errors["eager"]["y"] + 1e-6
-    assert all(a.dtype == b.dtype for a, b in zip(problem.both(suite.OP.ours), problem.inputs, strict=True))
+@pytest.mark.parametrize("mix", problem.MIXES)
+def test_every_mix_runs_and_ours_is_no_worse_than_the_other(suite, mix):
+    tiny = tiny_problem(suite, mix)
+    ours, other = tiny.errors().values()
+    assert ours["y"] <= 1.5 * other["y"] + 1e-6
+    assert all(a.dtype == b.dtype for a, b in zip(tiny.both(tiny.functions["ours"]), tiny.inputs, strict=True))
+
+
+@pytest.mark.parametrize("shuffle", [(), ("unshuffled",)])
+def test_a_tiny_cell_of_branches_has_every_field(shuffle):
+    row = tiny_branches(*shuffle)
+    assert (row["layer"], row["groups"], row["tokens"], row.get("shuffle", "")) == ("tiny", [8, 2], 5, "".join(shuffle))
+    for part in report.PASSES:
+        assert row["floor_ms"][part] > 0 and set(row["ratio"][part]) == {"ours", "conv", "masked"}
+    assert set(row["error"]) == set(row["page_faults"]) == {"ours", "conv"} and row["judged"] == {}
+    assert all(0 < error < 1e-5 for errors in row["error"].values() for error in errors.values())
+    table = bench_consolidator.cells_table([row])
+    assert f"float32 5 tiny g 8 + 2{' unshuffled' if shuffle else ''} " in table and "conv / ours" in table
+    judged = bench_consolidator.cell_facts(
+        bench_consolidator.BranchProblem("float32", "tiny", (8,), 5), row | {"layer": "qkv", "groups": [384]}, RATES
+    )["judged"]
+    assert judged["both over conv"]["target"] == 4
+
+
+def test_a_dense_product_of_masked_weights_is_the_same_function():
+    for shuffle in ((), ("unshuffled",)):
+        tiny = bench_consolidator.BranchProblem("float32", "tiny", (8, 2), 5, *shuffle)
+        found = tiny.both(consolidator.masked("tiny", (8, 2), not shuffle))
+        for a, b in zip(found, tiny.both(tiny.functions["ours"]), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mix", problem.MIXES)
+def test_a_tiny_layer_is_right_in_every_form(mix):
+    tiny = bench_consolidator.LayerProblem(mix, "tiny", (8,), 5)
+    works = {name: work for name, work in tiny.works(tiny.all_functions).items() if name.startswith("both")}
+    _, row = problem.measure(tiny, works, rounds=3, seconds=0, to="plain")
+    row |= tiny.accuracy() | {"judged": bench_consolidator.layer_verdicts(row)}
+    errors = row["error"]
+    assert list(row["both_ms"]) == ["in-weight", "beside", "plain", "conv"]
+    assert list(errors) == ["in-weight", "beside", "conv"]
+    assert all(errors[name]["y"] <= 2 * errors["conv"]["y"] + 1e-6 for name in errors)
+    assert row["judged"]["auto over the faster way"]["target"] == 1.03
+    gradients = tiny.both(tiny.all_functions["plain"])
+    assert gradients[0] is not None and set(gradients[1:]) == {None}
+    assert row["ratio"]["both"]["plain"] == 1 and "in-weight / plain" in bench_consolidator.layers_table([row])
+
+
+def test_the_way_that_is_chosen_is_judged():
+    ratio = {"both": {"in-weight": 1.5, "beside": 1.2, "plain": 1.0}}
+    for auto, verdict in (("beside", "reached"), ("in-weight", "over by 0.22")):
+        row = {"ratio": ratio, "auto": auto}
+        assert bench_consolidator.layer_verdicts(row)["auto over the faster way"]["verdict"] == verdict
+
+
+def test_what_is_slower_than_another_form_is_listed():
+    times = {"forward ours": [2.0, 2.1], "forward conv": [1.0, 1.1], "both ours": [1.0, 1.1], "both conv": [2.0, 2.1]}
+    row = {"mix": "float32", "layer": "qkv", "groups": [12], "tokens": 1_576, **summarised(times)}
+    listed = report.slower([row], ["conv", "masked"])
+    assert listed == "Slower than conv or masked:\n\n- float32 1,576 qkv g 12, forward: 0.51 of the speed of conv"
+    assert report.slower([row], ["masked"]) == "Nothing is slower than masked."
+
+
+def test_the_cells_of_the_consolidator_have_every_layer_group_and_number_of_branches():
+    cells = bench_consolidator.CELLS
+    for mix, tokens in ((mix, tokens) for mix in ("float32", "bfloat16") for tokens in (1_576, 12_608)):
+        of_mix = {size[1:3] for size in cells if (size[0], size[3]) == (mix, tokens)}
+        assert of_mix >= {(layer, (g,)) for layer in ("qkv", "proj", "fc1", "fc2") for g in (384, 96, 12)}
+    assert {len(groups) for _, _, groups, *_ in cells} == {1, 2, 4} and len({*cells}) == len(cells)
 
 
 def test_slower_means_by_more_than_chance():
     def row(ours: list[float], eager: list[float]) -> dict:
         return summarised({f"{part} {n}": t for part in report.PASSES for n, t in (("ours", ours), ("eager", eager))})
 
-    assert sandwich.slower_than_eager(row([2.0, 2.1, 2.2], [1.0, 1.1, 1.2])) == ["forward", "both"]
-    assert sandwich.slower_than_eager(row([1.0, 2.0, 3.0], [0.9, 1.1, 2.9])) == []  # they overlap
-    assert sandwich.slower_than_eager(row([1.02], [1.0])) == []  # by 2 % only
+    assert report.slower_than(row([2.0, 2.1, 2.2], [1.0, 1.1, 1.2]), "eager") == ["forward", "both"]
+    assert report.slower_than(row([1.0, 2.0, 3.0], [0.9, 1.1, 2.9]), "eager") == []  # they overlap
+    assert report.slower_than(row([1.02], [1.0]), "eager") == []  # by 2 % only
+    assert report.slower_than(row([2.0], [1.0]), "masked") == []  # it was not measured
 
 
 @each_suite
@@ -141,7 +245,8 @@ def test_pytest_benchmark_runs_a_part_and_its_file_has_the_row(suite):
     part = program.PARTS["host"]._replace(rounds=3, seconds=0.02)
     (row,), well = program._rows(suite.__file__, part, "", quick=False)
     assert well and row["state"] == "no-fault" and row["rounds"] >= 3
-    assert set(row["judged"]) == {"forward (µs)", "both (µs)", "forward over eager", "both over eager"}
+    assert well and set(row["judged"]) >= {"forward (µs)", "both (µs)"}
+    assert [name.removeprefix("both over ") for name in row["judged"]][-1] in row["ratio"]["both"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc here")
@@ -154,10 +259,10 @@ def test_peak_memory_is_of_the_work_alone():
 def test_only_a_complete_run_is_written(monkeypatch, tmp_path, capsys, options):
     cell = tiny_row(slower=["both"], rates=RATES, state="no-fault")
     monkeypatch.setattr(program, "_rows", lambda *arguments: ([dict(cell)], True))
-    monkeypatch.setattr(program, "peak_growth", lambda work, name, *size: {"ours": 2e6, "eager": 1e6}[name])
+    monkeypatch.setattr(program, "peak_growth", lambda work, name, size: {"ours": 2e6, "eager": 1e6}[name])
     monkeypatch.setattr(program, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench_adapter", *options])
-    sizes = [("float32", 16, 2, 5)]
+    sizes = [{"mix": "float32", "dim": 16, "rank": 2, "tokens": 5}]
     assert program.main("adapter", "", sandwich.peak_memory_work, sizes) == 0
     printed = capsys.readouterr().out
     assert "no-fault float32 5 × 16 r 2" in printed
@@ -183,10 +288,16 @@ def test_a_failed_part_is_not_written(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@each_suite
+@each_sandwich
 def test_peak_memory_is_measured_in_a_process_of_its_own(suite):
-    work = functools.partial(sandwich.peak_memory_work, suite.OP)
-    assert memory.peak_growth(work, "ours", "float32", 192, 8, 2_000) > 2 * 4 * 2_000 * 192  # y and the gradient of x
+    work, size = functools.partial(sandwich.peak_memory_work, suite.OP), {"mix": "float32", "dim": 192, "rank": 8}
+    grown = memory.peak_growth(work, "ours", size | {"tokens": 2_000})
+    assert grown > 2 * 4 * 2_000 * 192  # y and the gradient of x
+
+
+def test_peak_memory_of_branches():
+    size = {"mix": "float32", "layer": "proj", "groups": (384,), "tokens": 1_970}
+    assert memory.peak_growth(bench_consolidator.peak_memory_work, "ours", size) > 2 * 4 * 1_970 * 768
 
 
 @each_suite
@@ -194,4 +305,4 @@ def test_peak_memory_is_measured_in_a_process_of_its_own(suite):
 def test_help(suite, as_file):
     command = [suite.__file__] if as_file else ["-m", suite.__name__]
     run = subprocess.run([sys.executable, *command, "--help"], cwd=program.ROOT, capture_output=True, text=True)
-    assert run.returncode == 0 and "--quick" in run.stdout and "--grid" in run.stdout
+    assert run.returncode == 0 and "--quick" in run.stdout and "--cells" in run.stdout

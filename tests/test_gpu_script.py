@@ -15,6 +15,11 @@ import torch
 from benchmarks import gpu, gpu_cells, gpu_plans, gpu_problem, gpu_report, gpu_timing
 
 TINY = (16, 4, 6)  # dim, rank, tokens
+TINY_BRANCHES = ("tiny", (8, 2), 6)  # layer, groups, tokens
+SANDWICHES = gpu_problem.mixes_of("adapter", "ARC")
+CONSOLIDATORS = gpu_problem.mixes_of("consolidator", "consolidated linear")
+# Those of the other phases are the sandwich's alone, or for all ops.
+PHASES_OF = {"consolidator": ["branches", "host", "launches"], "consolidated linear": ["layers"]}
 
 
 def spreads(unit: str = "ms", part: str = "", **medians: float) -> dict:
@@ -30,6 +35,10 @@ def passes(*parts: dict) -> dict:
 
 def row(mix="bfloat16", rank=64, tokens=131_072, **facts) -> dict:
     return {"mix": mix, "dim": 768, "rank": rank, "tokens": tokens, **facts}
+
+
+def branch_row(mix="consolidator bfloat16", groups=(384,), **facts) -> dict:
+    return {"mix": mix, "layer": "qkv", "groups": groups, "tokens": 12_608, **facts}
 
 
 def phase(*rows, status="complete", **facts) -> dict:
@@ -84,6 +93,25 @@ PHASES = {
             ),
         ),
         row(rank=8, error="ArithmeticError: y differs"),
+    ),
+    "branches": phase(
+        branch_row(
+            share={"forward": 0.7, "backward": 0.6},
+            **RATES,
+            **passes(
+                spreads(forward_ours=1.0, forward_eager=3.9, copy=0.5),
+                spreads(part="backward", ours=1.0, eager=8.0),
+                spreads(part="both", ours=2.0, eager=11.9),
+            ),
+        ),
+        branch_row(groups=(384, 96), **spreads(both_ours=2.0, both_eager=7.0)),
+    ),
+    "layers": phase(
+        branch_row(
+            mix="consolidated linear bfloat16",
+            auto="beside",
+            **passes(spreads(part="both", **{"in-weight": 1.1, "beside": 1.6, "plain": 1.0, "eager": 9.0})),
+        )
     ),
     "host": phase(row(**spreads("us", forward_ours=16, both_ours=50, forward_eager=40, both_eager=90))),
     "launches": phase(row(**LAUNCHES)),
@@ -140,6 +168,12 @@ def test_every_number_stands_beside_its_target():
     anywhere = "over eager, any size of the grid (ranks to 256)"
     assert verdicts[f"forward {anywhere}", f"bfloat16 {large} 3, the worst of 2; 1 below 1"] == "short by 0.2"
     assert verdicts[f"backward {anywhere}", f"bfloat16 {large} 64, the worst of 2; 0 below 1"] == "reached"
+    branches, convolution = "consolidator bfloat16 12,608 qkv g 384", "forward + backward over the grouped convolution"
+    assert verdicts[convolution, branches] == "reached"
+    assert verdicts[convolution, f"{branches} + 96"] == "short by 0.5"
+    layer = "consolidated linear bfloat16 12,608 qkv g 384"
+    assert verdicts["in-weight training, of the plain layer's time", layer] == "reached"
+    assert verdicts["auto, of the faster way's time", layer] == "over by 0.42"
     assert verdicts[gpu_report.TITLES["autotune"].lower(), "everything"] == "not measured: no time was left"
     reached = sum(verdict == "reached" for verdict in verdicts.values())
     assert f"{reached} of {len(found)} targets reached." in gpu_report.targets_table(found)
@@ -148,7 +182,7 @@ def test_every_number_stands_beside_its_target():
 def test_the_document_has_every_phase_and_its_rows():
     record = {"gpu": "NVIDIA X", "phases": PHASES, "targets": gpu_report.targets(PHASES)}
     text = gpu_report.document(record)
-    for name in ("bandwidth", "ratios", "host", "launches", "grid", "sweep", "autotune"):
+    for name in gpu_cells.PHASES:
         assert f"## {gpu_report.TITLES[name]}\n" in text
     assert "- gpu: NVIDIA X" in text and "86 % of copy" in text
     assert "fast 0.11; automatic 0.12; simple 3" in text and "fast 0.19; automatic 0.2" in text
@@ -165,6 +199,12 @@ def test_the_document_has_every_phase_and_its_rows():
     assert below == [[f"{large} 64", "backward"], [f"{large} 3", "forward"]]
     assert "| 1, 5 " in text and "| 32, 49 " in text and "sandwich; a; b; c; d" in text and "a copy" in text
     assert f"- {large} 8: ArithmeticError: y differs" in text
+    (of_branches,) = (line for line in lines if line[:2] == ["consolidator bfloat16 12,608 qkv g 384", "backward"])
+    (of_layer,) = (
+        line for line in lines if line[:2] == ["consolidated linear bfloat16 12,608 qkv g 384", "forward + backward"]
+    )
+    assert of_layer[-4:] == ["in-weight / plain 1.10", "beside / plain 1.60", "eager / plain 9.00", "auto is beside"]
+    assert "60 % of copy" in of_branches and of_branches[-1] == "eager / ours 8.00"
 
 
 def test_every_phase_has_a_limit_a_title_and_sizes_of_known_mixes():
@@ -172,8 +212,15 @@ def test_every_phase_has_a_limit_a_title_and_sizes_of_known_mixes():
     for _, sizes in gpu_cells.PHASES.values():
         assert sizes and len(set(sizes)) == len(sizes) and {size[0] for size in sizes} <= set(gpu_problem.MIXES)
     grid = gpu_cells.PHASES["grid"][1]
-    for mix in gpu_problem.MIXES:
+    for name, (_, sizes) in gpu_cells.PHASES.items():
+        for op, its_phases in PHASES_OF.items():
+            assert (name in its_phases) == any(gpu_problem.MIXES[size[0]].op == op for size in sizes)
+    for mix in SANDWICHES:
         assert {size[2] for size in grid if size[0] == mix} == {1, 3, 8, 16, 64, 128, 256}
+
+
+def test_every_file_of_tests_is_there():
+    assert all((gpu.ROOT / file).exists() for file in gpu.TEST_FILES + gpu.SANITIZED_FILES)
 
 
 def test_without_a_gpu_it_says_so_and_ends_with_3():
@@ -353,8 +400,9 @@ def test_checks_run_beside_each_other_and_each_is_heard(monkeypatch):
     assert done["status"] == "tests: 2 passed; memcheck: 1 passed; racecheck: did not finish in time" and done["well"]
 
 
-@pytest.mark.parametrize("mix", gpu_problem.MIXES)
-def test_every_phase_runs_every_mix(monkeypatch, mix):
+@pytest.fixture
+def measured(monkeypatch):
+    """Measures a size in some phases on the CPU, where nothing is timed; returns them by name, and how they ended."""
     monkeypatch.setattr(gpu_problem, "DEVICE", "cpu")
 
     def times(works, **options):
@@ -370,17 +418,26 @@ def test_every_phase_runs_every_mix(monkeypatch, mix):
     fit = (gpu_plans.SIMPLE, gpu_plans.FAST[3], gpu_plans.SLICED[0])
     monkeypatch.setattr(gpu_plans, "result_under", lambda plan, work: work() if plan in fit else None)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    try:
+
+    def measure(size: tuple, names: list[str]) -> dict:
         phases = {}
-        for name, (measure_one, _) in gpu_cells.PHASES.items():
+        for name in names:
             rows = []
-            gpu_cells.measure([(mix, *TINY)], measure_one, 60, rows.append)
+            gpu_cells.measure([size], gpu_cells.PHASES[name][0], 60, rows.append)
             assert rows.pop() == {"end": "complete"}
             phases[name] = phase(*rows)
-            assert "error" not in rows[0] and gpu_report.phase_table(name, phases[name])
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+            assert "error" not in rows[0], rows[0]
+            assert gpu_report.phase_table(name, phases[name])
+        return phases
+
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    yield measure
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("mix", SANDWICHES)
+def test_every_phase_runs_every_mix_of_a_sandwich(measured, mix):
+    phases = measured((mix, *TINY), [name for name in gpu_cells.PHASES if name not in ("branches", "layers")])
     found = phases["sweep"]["rows"][0]
     assert list(found["ms"]) == ["forward simple", "forward 64 rows kept", "backward 64 rows kept", "backward 4 slices"]
     assert len(found["unfit"]) == 8 + 13 - 4
@@ -393,6 +450,21 @@ def test_every_phase_runs_every_mix(monkeypatch, mix):
     assert all("not measured" not in each["verdict"] for each in judged)
     (saved,) = (each for each in judged if each["what"] == "saved for backward beside the inputs (MB)")
     assert saved["verdict"] == "reached"  # exactly the hidden layer, in float32
+
+
+@pytest.mark.parametrize("mix", CONSOLIDATORS)
+def test_every_phase_of_the_consolidator_runs_every_mix(measured, mix):
+    phases = measured((mix, *TINY_BRANCHES), PHASES_OF[gpu_problem.MIXES[mix].op])
+    judged = gpu_report.targets(phases)
+    assert judged and all("not measured" not in each["verdict"] for each in judged)
+    if "launches" in phases:
+        (saved,) = (each for each in judged if each["what"] == "saved for backward beside the inputs (MB)")
+        assert saved["verdict"] == "reached" and saved["target"] == 0
+        shares = phases["branches"]["rows"][0]["share"]
+        assert list(shares) == ["forward", "backward"] and all(share > 0 for share in shares.values())
+    else:
+        times = phases["layers"]["rows"][0]["ms"]
+        assert list(times) == [f"both {name}" for name in ("in-weight", "beside", "eager", "plain")]
 
 
 @pytest.mark.parametrize(
@@ -408,12 +480,24 @@ def test_every_phase_runs_every_mix(monkeypatch, mix):
 def test_compulsory_bytes(monkeypatch, mix, forward, backward):
     monkeypatch.setattr(gpu_problem, "DEVICE", "cpu")
     dim, rank, tokens = TINY
-    problem = gpu_problem.Problem(mix, *TINY)
+    problem = gpu_problem.problem_of(mix, *TINY)
     hidden = 4 * tokens * rank
-    assert problem.compulsory_bytes() == {
+    assert problem.compulsory_bytes == {
         "forward": forward * tokens * dim + hidden,
         "backward": backward * tokens * dim,
     }
+
+
+@pytest.mark.parametrize(
+    ("mix", "x", "y"),
+    [("consolidator bfloat16", 2, 2), ("consolidator float32 in bfloat16", 4, 2), ("consolidator float32", 4, 4)],
+)
+def test_compulsory_bytes_of_branches(monkeypatch, mix, x, y):
+    monkeypatch.setattr(gpu_problem, "DEVICE", "cpu")
+    problem = gpu_problem.problem_of(mix, *TINY_BRANCHES)
+    x, y = 6 * 16 * x, 6 * 48 * y
+    assert problem.compulsory_bytes == {"forward": x + 2 * y, "backward": 2 * x + y}
+    assert problem.flops == {"forward": 2 * 6 * 16 * 48 * 5 // 8, "backward": 4 * 6 * 16 * 48 * 5 // 8}
 
 
 class Wrong(torch.autograd.Function):
@@ -456,11 +540,24 @@ def test_what_is_wrong_is_not_timed(monkeypatch, mix, what, function):
     assert rows[0]["error"].startswith(f"ArithmeticError: {what} differs from eager's by ")
 
 
+@pytest.mark.parametrize("what", ["y", "gradient of x", "gradient of weight 1", "gradient of bias 0"])
+@pytest.mark.parametrize("mix", CONSOLIDATORS)
+def test_what_is_wrong_of_branches_is_not_timed(monkeypatch, mix, what):
+    monkeypatch.setattr(gpu_problem, "DEVICE", "cpu")
+    problem = gpu_problem.problem_of(mix, *TINY_BRANCHES)
+    expected = problem.results(problem.functions["eager"])
+    found = {name: value.clone() for name, value in expected.items()}
+    assert problem.compare(found, expected) == 0
+    found[what] += 0.1 * (found[what] - problem.base.get(what, 0))
+    with pytest.raises(ArithmeticError, match=f"{what} differs from eager's by"):
+        problem.compare(found, expected)
+
+
 @pytest.mark.parametrize("mix", ["bfloat16", "bfloat16, residual", "float32"])
 @pytest.mark.parametrize("name", ["y", "gradient of x"])
 def test_one_wrong_row_of_many_is_seen(monkeypatch, mix, name):
     monkeypatch.setattr(gpu_problem, "DEVICE", "cpu")
-    problem = gpu_problem.Problem(mix, 64, 8, 20_000)
+    problem = gpu_problem.problem_of(mix, 64, 8, 20_000)
     expected = problem.results(gpu_problem.eager)
     found = {what: value.clone() for what, value in expected.items()}
     assert problem.compare(found, expected) == 0
@@ -474,7 +571,7 @@ def test_one_wrong_row_of_many_is_seen(monkeypatch, mix, name):
 
 def test_autocast_is_entered_once_for_all_calls_that_cost_the_host(monkeypatch):
     monkeypatch.setattr(gpu_problem, "DEVICE", "cpu")
-    problem = gpu_problem.Problem("float32 in bfloat16", *TINY)
+    problem = gpu_problem.problem_of("float32 in bfloat16", *TINY)
     entered = []
 
     def times(works):
@@ -559,7 +656,7 @@ def test_memory_beside_a_result_is_counted_while_it_is_held(monkeypatch):
 
 
 def test_cells_stop_in_time_and_go_on_after_an_error(monkeypatch):
-    monkeypatch.setattr(gpu_cells, "Problem", lambda mix, dim, rank, tokens: rank)
+    monkeypatch.setattr(gpu_cells, "problem_of", lambda mix, dim, rank, tokens: rank)
     sizes = [("bfloat16", 16, rank, 4) for rank in range(5)]
 
     def measure_one(rank):
