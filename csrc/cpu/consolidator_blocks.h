@@ -17,8 +17,8 @@ namespace {
 
 // Vectors that the rows of a block fill.
 constexpr int64_t kBlockVectors = 2;
-// Outputs that are turned back and written together.
-constexpr int64_t kPanel = 64;
+// Outputs that are turned back and written together: runs of 1 KB a row, for the processor fetches ahead along a row.
+constexpr int64_t kPanel = 256;
 // Terms that are added up in one chain of float32: longer ones would be less exact than a library's products.
 constexpr int64_t kRun = 128;
 // Elements that are worth a thread.
