@@ -112,6 +112,8 @@ def test_cell(benchmark, pytestconfig, size):
     mix, layer, groups, tokens, *unshuffled = size
     if malloc_state() == "all-fault" and 384 not in groups:
         pytest.skip("the pages that it takes do not depend on the groups")
+    if tokens == MANY and mix not in DENSE_MIXES:
+        pytest.skip("the convolution would take ten seconds a call in this dtype here")
     torch._dynamo.reset()  # or the kernels of an earlier cell would serve this one with symbolic sizes
     cell = BranchProblem(*size)
     functions = dict(cell.functions)
@@ -165,8 +167,8 @@ def layers_table(rows: list[dict[str, Any]]) -> str:
 CELL_TITLE = "Branches added to a base: ours, the grouped convolution, torch.compile of it, and a dense masked product"
 LAYER_TITLE = "The whole frozen layer: ours in both ways, the layer alone, and with the grouped convolution beside it"
 PARTS = {
-    "cells": program.Part(CELL_TITLE, "test_cell", list(MALLOC.values()), 5, 0.7, cells_table),
-    "layers": program.Part(LAYER_TITLE, "test_layer", [program.NO_FAULT], 5, 0.7, layers_table),
+    "cells": program.Part(CELL_TITLE, "test_cell", list(MALLOC.values()), 5, 0.4, cells_table),
+    "layers": program.Part(LAYER_TITLE, "test_layer", [program.NO_FAULT], 5, 0.4, layers_table),
     "host": program.HOST,
 }
 
