@@ -2,6 +2,7 @@
 // several orders of their threads, under AddressSanitizer and UBSan.
 //
 //   cuda_test                     the emulator itself, every kernel on sampled cases, planted faults: a few minutes
+//   cuda_test adapter             of that what concerns the adapter; `others`: the rest, so that two cores share it
 //   cuda_test samples 5 [60]      the sampled cases of another seed, or 60 of each op's
 //   cuda_test everywhere [1/4]    every combination of the adapter's sizes and dtypes, or a part: an hour
 //   cuda_test launches            JSON: threads and shared memory of each kernel, for benchmarks/resources.py
@@ -18,9 +19,13 @@ constexpr int kAll = 1 << 30;
 int main(int argc, char** argv) {
   const char* const what = argc > 1 ? argv[1] : "";
   int found = 0;
-  if (!*what) {
-    found = check_emulator() + check_adapter_samples(1, kAll) + check_adapter_limits() + check_arc_samples(1, kAll) +
-            check_arc_limits() + check_consolidator_samples(1, kAll) + check_consolidator_limits() + check_faults();
+  const bool adapter = !*what || !std::strcmp(what, "adapter"), others = !*what || !std::strcmp(what, "others");
+  if (adapter || others) {
+    if (adapter) found += check_adapter_samples(1, kAll) + check_adapter_limits();
+    if (others) {
+      found += check_emulator() + check_arc_samples(1, kAll) + check_arc_limits() +
+               check_consolidator_samples(1, kAll) + check_consolidator_limits() + check_faults();
+    }
   } else if (!std::strcmp(what, "samples")) {
     const int seed = argc > 2 ? std::atoi(argv[2]) : 0, most = argc > 3 ? std::atoi(argv[3]) : kAll;
     if (seed < 1 || most < 1) {
@@ -39,7 +44,7 @@ int main(int argc, char** argv) {
     std::printf("%s\n", launches().c_str());
     return 0;
   } else {
-    std::fprintf(stderr, "cuda_test: '%s' is none of: samples SEED, everywhere, launches\n", what);
+    std::fprintf(stderr, "cuda_test: '%s' is none of: adapter, others, samples SEED, everywhere, launches\n", what);
     return 2;
   }
   std::printf("%d failures\n", found);
