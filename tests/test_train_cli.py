@@ -83,7 +83,7 @@ BAD = {
     "--method consolidator --groups 64,x": "groups are ('64', 'x'); each must be a whole number of at least 1",
     "--method consolidator --groups 48": "48 groups do not fit 128 inputs and 384 outputs: they must divide both",
     "--method consolidator --targets fc1,fc3": "unknown target 'fc3': did you mean 'fc2'?",
-    "--method consolidator --in-weight": "in_weight is True and drop_path",
+    "--method consolidator --in-weight --drop-path 0.5": "in_weight is True and drop_path",
     "--placement pots": "did you mean 'post'?",
     "--method arc --positions atn": "unknown position 'atn': did you mean 'attn'?",
     "--method arc --positions mlp,mlp": "positions are ('mlp', 'mlp'); they must be attn, mlp or both",
