@@ -144,6 +144,14 @@ def extensions() -> dict:
 
     from torch.utils import cpp_extension  # reads CUDA_HOME when it is imported
 
+    class BuildExtension(cpp_extension.BuildExtension):
+        """Keeps the objects in one place, where pip's editable install would throw them away and a wheel begin anew: what
+        has not changed is compiled once for both."""
+
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = str(HERE / "build" / "objects")
+
     # The stable ABI of torch 2.11: what is built on any newer torch runs on all of them.
     macros = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
     cuda_bindings = sources("csrc/bind/*_cuda.cpp")
@@ -173,7 +181,7 @@ def extensions() -> dict:
                 extra_link_args=link,
             )
         )
-    return {"ext_modules": modules, "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+    return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension}}
 
 
 setup(**extensions())
