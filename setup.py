@@ -145,8 +145,8 @@ def extensions() -> dict:
     from torch.utils import cpp_extension  # reads CUDA_HOME when it is imported
 
     class BuildExtension(cpp_extension.BuildExtension):
-        """Keeps the objects in one place, where pip's editable install would throw them away and a wheel begin anew: what
-        has not changed is compiled once for both."""
+        """Keeps the objects in one place, where pip's editable install would throw them away and a wheel begin anew:
+        what has not changed is compiled once for both."""
 
         def finalize_options(self):
             super().finalize_options()
