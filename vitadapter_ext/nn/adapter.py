@@ -32,8 +32,25 @@ def _init_zero(down: Tensor, up: Tensor) -> None:
     nn.init.zeros_(up)
 
 
+def _init_trunc_normal(down: Tensor, up: Tensor) -> None:
+    for weight in (down, up):
+        nn.init.trunc_normal_(weight, std=0.02)
+
+
+def _init_linear(down: Tensor, up: Tensor) -> None:
+    for weight in (down, up):
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # PyTorch's of a linear layer
+
+
 # Biases are 0 and learned scales 1 in all of them. "lora" and "zero" leave the backbone's function unchanged at first.
-INITS = {"houlsby": _init_houlsby, "lora": _init_lora, "bert": _init_bert, "zero": _init_zero}
+INITS = {
+    "houlsby": _init_houlsby,
+    "lora": _init_lora,
+    "bert": _init_bert,
+    "zero": _init_zero,
+    "linear": _init_linear,
+    "trunc_normal": _init_trunc_normal,
+}
 
 
 def check_adapter_options(
@@ -73,7 +90,7 @@ class FusedAdapter(nn.Module):
         bias: whether both linear maps have a bias.
         dropout, dropout_out, drop_path: while training, probabilities in [0, 1) of dropping a hidden element, an
             element of the up-projection, and a sample (an index of x's first dimension).
-        init: "houlsby", "lora", "bert" or "zero".
+        init: "houlsby", "lora", "bert", "zero", "linear" or "trunc_normal".
     Raises:
         ValueError: an option outside what is said here.
 
