@@ -16,6 +16,7 @@ def test_the_table_names_every_method():
     assert {name: cls.__name__ for name, cls in METHOD_CLASSES.items()} == {
         "adapter": "Adapter",
         "arc": "Arc",
+        "mimi": "Mimi",
         "consolidator": "Consolidator",
         "linear-probe": "LinearProbe",
         "full": "FullFineTune",
@@ -34,7 +35,7 @@ def test_make_method_from_fields():
 
 
 def test_a_method_has_one_phase_and_cannot_be_changed():
-    assert va.Adapter().phases(7) == [7]
+    assert va.Adapter().training_phases(7) == [7]
     with pytest.raises(dataclasses.FrozenInstanceError):
         va.Adapter().rank = 4
 

@@ -32,6 +32,8 @@ METHODS = {
     **{placement: va.Adapter(rank=3, placement=placement) for placement in PLACEMENTS},
     "norms": va.Adapter(rank=3, scale="scalar", train_norms=True),
     "biases": va.Adapter(rank=3, scale=0.1, bias=False, train_biases=True),
+    "mimi": va.Mimi(start_rank=3),
+    "mimi-attn": va.Mimi(sigma=16, positions=("attn",), init="trunc_normal"),
     "arc": va.Arc(rank=3, rescale_init="zero"),
     "arc-attn": va.Arc(rank=2, positions=("attn",)),
     # 8 divides the sizes of every layer above.

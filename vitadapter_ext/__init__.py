@@ -24,6 +24,7 @@ _LAZY = {
     "load": "files",
     "Adapter": "methods",
     "Arc": "methods",
+    "Mimi": "methods",
     "Consolidator": "methods",
     "LinearProbe": "methods",
     "FullFineTune": "methods",

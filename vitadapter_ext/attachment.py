@@ -79,7 +79,7 @@ def attach_resized(
     trained = tensors_by_kind(model)
     trained_names = {*trained["adapter"], *trained["head"], *trained["override"]}
     for name, p in model.named_parameters():
-        p.requires_grad_(name in trained_names)
+        p.requires_grad_(name in trained_names and p.numel() > 0)
     return model
 
 

@@ -46,6 +46,12 @@ JOINS = {"plain": _plain, "sum": _sum, "normed": _normed, "branch": _branch, "in
 class Joined:
     """What the adapted blocks share: the ends of their two branches, and the width of their stream."""
 
+    def put(self, branch: str, join: str, adapter: nn.Module | None) -> None:
+        """Ends a branch, "attn" or "mlp", with one of `JOINS` and its adapter; without one, or without neurons in it,
+        as the backbone does."""
+        self.register_module(f"adapter_{branch}", adapter)
+        setattr(self, f"join_{branch}", join if adapter is not None and adapter.down.out_features else "plain")
+
     def add_attn(self, x: Tensor, branch: Tensor) -> Tensor:
         return JOINS[self.join_attn](x, branch, self.adapter_attn)
 

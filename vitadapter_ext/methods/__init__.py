@@ -12,9 +12,10 @@ from .bitfit import BitFit
 from .consolidator import Consolidator
 from .full_fine_tune import FullFineTune
 from .linear_probe import LinearProbe
+from .mimi import Mimi
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (Adapter, Arc, Consolidator, LinearProbe, FullFineTune, BitFit)
+    cls.name: cls for cls in (Adapter, Arc, Mimi, Consolidator, LinearProbe, FullFineTune, BitFit)
 }
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "FullFineTune",
     "LinearProbe",
     "Method",
+    "Mimi",
     "make_method",
 ]
 

@@ -85,8 +85,7 @@ class Adapter(Method):
                 if join == "normed":
                     weight = adapter.down.weight
                     adapter.norm = nn.LayerNorm(block.width, device=weight.device, dtype=weight.dtype)
-                block.register_module(f"adapter_{branch}", adapter)
-                setattr(block, f"join_{branch}", join)
+                block.put(branch, join, adapter)
         for name, mlp in mlps.items():
             mlp.__class__, mlp.adapted = ADAPTED_MLPS[type(mlp)], True
             mlp.adapter_inner = self._adapter(mlp, mlp.fc2.in_features, f"{name}.adapter_inner", shapes)

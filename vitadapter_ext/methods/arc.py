@@ -15,9 +15,8 @@ from .._text import unknown
 from ..folding import Foldable
 from ..nn._options import check_probability, check_size
 from ..nn.arc import ARCBasis, FusedARC
-from .base import Method, Shapes, beside, option
+from .base import POSITIONS, Method, Shapes, beside, check_positions, option
 
-POSITIONS = ("attn", "mlp")
 RESCALE_INITS = ("paper", "zero")
 
 
@@ -71,13 +70,7 @@ class Arc(Method):
 
     def __post_init__(self) -> None:
         check_size("rank", self.rank)
-        positions = self.positions if isinstance(self.positions, (tuple, list)) else (self.positions,)
-        for position in positions:
-            if position not in POSITIONS:
-                raise unknown("position", position, POSITIONS)
-        if not positions or len(set(positions)) < len(positions):
-            raise ValueError(f"positions are {positions}; they must be attn, mlp or both")
-        object.__setattr__(self, "positions", tuple(positions))  # a list where they come from a file
+        object.__setattr__(self, "positions", check_positions(self.positions))
         check_probability("dropout", self.dropout)
         if self.rescale_init not in RESCALE_INITS:
             raise unknown("rescale_init", self.rescale_init, RESCALE_INITS)

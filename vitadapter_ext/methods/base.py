@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._text import unknown
+
+POSITIONS = ("attn", "mlp")  # of a block's two branches
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -56,12 +59,21 @@ class Method:
         A method that can be merged adds to `folding.Foldable` modules alone, or nothing at all.
         """
 
-    def phases(self, epochs: int) -> list[int]:
-        """Epochs of each phase of a training of `epochs`; a phase has its own optimizer and schedule."""
+    def training_phases(self, epochs: int) -> list[int]:
+        """Epochs of each phase of a training of `epochs` in all; a phase has its own optimizer and schedule.
+
+        Raises:
+            ValueError: too few epochs.
+        """
         return [epochs]
 
-    def between_phases(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Edits the model, and the optimizer's state to match, after each phase but the last."""
+    def after_phase(self, model: nn.Module, optimizer: Optimizer, phase: int) -> bool:
+        """Edits the model, and the optimizer's state to match, after each phase (from 1); returns whether it did."""
+        return False
+
+    def widths(self, model: nn.Module) -> dict[str, int]:
+        """The number of neurons of each module of the method by name, where phases change it."""
+        return {}
 
 
 def beside(weight: Tensor) -> dict[str, Any]:
@@ -89,6 +101,17 @@ def norms_and_biases(model: nn.Module, norms: bool, biases: bool) -> list[str]:
             inside = (name for name, _ in block.named_parameters(prefix) if name.endswith("bias"))
             names += [name for name in inside if name not in of_norms]
     return names
+
+
+def check_positions(positions: tuple[str, ...] | str) -> tuple[str, ...]:
+    """The positions as a tuple; raises a `ValueError` that names what is not one of `POSITIONS`."""
+    positions = tuple(positions) if isinstance(positions, (tuple, list)) else (positions,)
+    for position in positions:
+        if position not in POSITIONS:
+            raise unknown("position", position, POSITIONS)
+    if not positions or len(set(positions)) < len(positions):
+        raise ValueError(f"positions are {positions}; they must be attn, mlp or both")
+    return positions
 
 
 def check_flags(method: Method, *names: str) -> None:

@@ -47,7 +47,7 @@ class Config:
     optimizer: str = _field("adamw", "training", "timm name")
     lr: float = _field(1e-3, "training", "highest learning rate; cosine to 0")
     weight_decay: float = _field(1e-4, "training", "not on biases, norms and scales")
-    warmup_epochs: int = _field(3, "training", "from 0; at most half the epochs")
+    warmup_epochs: int = _field(3, "training", "from 0; at most half of a phase")
     clip_grad: float | None = _field(None, "training", "largest norm of the gradient")
     label_smoothing: float = _field(0.0, "training", "share spread over all classes")
     patience: int | None = _field(None, "training", "stop after N epochs without a better one", "N")
@@ -79,6 +79,10 @@ class Config:
         ):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
+        try:
+            self.method.training_phases(self.epochs)
+        except ValueError as error:
+            raise ValueError(f"--epochs is too small: {error}") from error
         if self.model is None and (self.weights is not None or self.pretrained):
             flag = "--pretrained" if self.pretrained else "--weights"
             raise ValueError(f"{flag} needs --model: without it the embedded backbone is used, with its own weights")

@@ -37,6 +37,9 @@ class Listener(Protocol):
     def start(self, phases: list[int], steps: int) -> None:
         """Before the first epoch: epochs of each phase, and steps of an epoch."""
 
+    def phase(self, number: int, widths: dict[str, int]) -> None:
+        """Before each phase (from 1), with the method's `widths`."""
+
     def step(self) -> None:
         """After each batch."""
 
@@ -78,6 +81,7 @@ class Trainer:
         phase, epoch: how many have begun and been finished; epochs count on through all phases.
         best: of the present phase; a phase may change the model, so an earlier one's tensors may not fit it any more.
         rows: the metrics of every finished epoch.
+        widths: the method's `widths` in each phase, and at the end where they have changed after the last.
         images, seconds: seen in training, and spent on it, evaluation excluded.
     """
 
@@ -87,25 +91,32 @@ class Trainer:
         self.seconds = 0.0
         self.best: Best | None = None
         self.rows: list[dict[str, Any]] = []
+        self.widths: list[dict[str, int]] = []
         self.optimizer = self._make_optimizer({})
         self.scheduler = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
     def run(self, listener: Listener) -> None:
-        """Trains all phases and leaves the model with the best epoch's tensors, also where it is interrupted.
+        """Trains all phases and leaves the model with the last one's best tensors, also where it is interrupted; then
+        the method has its last say.
 
         Raises:
             DivergedError: the loss became infinite or NaN.
             KeyboardInterrupt: passed on.
         """
-        phases = self.config.method.phases(self.config.epochs)
+        method = self.config.method
+        phases = method.training_phases(self.config.epochs)
         listener.start(phases, len(self.train))
         try:
             for epochs in phases:
                 self._run_phase(epochs, listener)
         finally:
             self.restore_best()
+        if method.after_phase(self.model, self.optimizer, self.phase):
+            self.widths.append(method.widths(self.model))
+            val_loss, val_accuracy = evaluate(self.model, self.val, self.device, self.config.amp)
+            self._keep(self.best.epoch, val_accuracy, val_loss)
 
     def restore_best(self) -> None:
         """Puts the best epoch's tensors back; without one the model stays as it is."""
@@ -135,11 +146,14 @@ class Trainer:
         }
 
     def _run_phase(self, epochs: int, listener: Listener) -> None:
+        method = self.config.method
         self.best = None
         if self.phase:
-            self.config.method.between_phases(self.model, self.optimizer)
+            method.after_phase(self.model, self.optimizer, self.phase)
             self.optimizer = self._make_optimizer(self.optimizer.state)
         self.phase += 1
+        self.widths.append(method.widths(self.model))
+        listener.phase(self.phase, self.widths[-1])
         warmup = min(self.config.warmup_epochs, epochs / 2)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -220,8 +234,11 @@ class Trainer:
     def _choose(self, row: dict[str, Any]) -> None:
         best = self.best
         if best is None or (row["val_accuracy"], -row["val_loss"]) > (best.val_accuracy, -best.val_loss):
-            state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in trainable(self.model).items()}
-            self.best = Best(self.epoch, row["val_accuracy"], row["val_loss"], state)
+            self._keep(self.epoch, row["val_accuracy"], row["val_loss"])
+
+    def _keep(self, epoch: int, val_accuracy: float, val_loss: float) -> None:
+        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in trainable(self.model).items()}
+        self.best = Best(epoch, val_accuracy, val_loss, state)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
