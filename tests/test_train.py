@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import vitadapter_ext as va
 from tests.pictures import red_and_blue
 from vitadapter_ext.files import read
-from vitadapter_ext.methods import METHODS, Method
+from vitadapter_ext.methods import METHODS
 from vitadapter_ext.train import Config, baselines, configure, fit
 from vitadapter_ext.train import pipeline as pipeline_module
+from vitadapter_ext.train.data import evaluation_transform, loader, read_data
 from vitadapter_ext.train.loop import DivergedError, Trainer, evaluate, seed_everything, trainable
 from vitadapter_ext.train.run_folder import RunFolder
 
@@ -61,6 +62,9 @@ class Silent:
 
     def start(self, phases, steps):
         self.phases, self.steps = phases, steps
+
+    def phase(self, number, widths):
+        pass
 
     def step(self):
         self.after_step()
@@ -169,13 +173,16 @@ class TwoPhases(va.Adapter):
 
     name: ClassVar[str] = "two-phases"
 
-    def phases(self, epochs):
+    def training_phases(self, epochs):
         return [epochs, epochs + 1]
 
-    def between_phases(self, model, optimizer):
+    def after_phase(self, model, optimizer, phase):
+        if phase == 2:
+            return False
         assert len(optimizer.state) == len(trainable(model))
         for tensor in model.blocks[0].adapter_mlp.parameters():
             tensor.requires_grad_(False)
+        return True
 
 
 def test_a_phase_restarts_the_schedule_and_takes_the_optimizers_state_along():
@@ -195,6 +202,61 @@ def test_a_phase_restarts_the_schedule_and_takes_the_optimizers_state_along():
     assert rates[2] > rates[1]
     assert steps == [3, 6, 9, 12, 15]
     assert training.best.epoch > 2  # of the last phase: only its tensors fit the model as it is now
+
+
+MIMI = {"method": "mimi", "start_rank": 4, "epochs": 6, "phases": 3, "batch_size": 16}
+
+
+@pytest.mark.parametrize("final_training", [True, False])
+def test_mimi_shrinks_between_its_phases(pictures, tmp_path, final_training):
+    out = tmp_path / "run"
+    result = run(pictures, out, **MIMI, final_training=final_training)
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert [row["phase"] for row in rows] == ["1", "1", "2", "2", "3", "3"]
+    widths = result.summary["widths"]
+    totals = [sum(phase.values()) for phase in widths]
+    start = totals[0]
+    assert totals == [start // 2**prunes for prunes in range(3 if final_training else 4)]
+    dim = result.model.embed_dim
+    assert result.summary["parameters"]["adapter"] == 2 * dim * totals[-1] == va.summary(result.model).adapter
+    assert {name: result.model.get_submodule(name).down.out_features for name in widths[-1]} == widths[-1]
+    with Image.open(out / "widths.png") as picture:
+        picture.load()
+    # What the validation images say is said of the model that is saved.
+    torch.manual_seed(0)
+    loaded = va.load(timm.create_model("test_vit"), out / "adapter.safetensors")
+    data_config = timm.data.resolve_model_data_config(loaded)
+    config = configure(model="test_vit", data=str(pictures))
+    held = loader(read_data(config).val, evaluation_transform(data_config), config, CPU)
+    assert evaluate(loaded, held, CPU)[1] == pytest.approx(result.summary["val_accuracy"])
+
+
+def test_mimi_says_its_budget_first_and_stops_within_a_phase(pictures, tmp_path, capsys):
+    run(pictures, tmp_path / "run", **{**MIMI, "epochs": 20, "patience": 1, "lr": 1e-12})
+    out = capsys.readouterr().out
+    budget, first = "phases    3 of 7, 7, 6 epochs, 20 in all\n", "phase 1   "
+    assert 0 < out.index(budget) < out.index(first)
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert [row["phase"] for row in rows].count("1") < 7 and {row["phase"] for row in rows} == {"1", "2", "3"}
+
+
+def test_mimi_interrupted_in_a_later_phase_keeps_what_there_is(pictures, tmp_path, monkeypatch):
+    began = []
+
+    def interrupt(progress, number, widths):
+        began.append(number)
+        if number == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("vitadapter_ext.train.report.Progress.phase", interrupt)
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(pictures, out, **MIMI)
+    found = json.loads((out / "summary.json").read_text())
+    assert began == [1, 2] and found["status"] == "interrupted" and len(found["widths"]) == 2
+    torch.manual_seed(0)
+    loaded = va.load(timm.create_model("test_vit"), out / "adapter.safetensors")
+    assert va.Mimi().widths(loaded) == found["widths"][1]
 
 
 def test_a_checkpoint_loads_without_executing_anything(tmp_path):
@@ -225,8 +287,8 @@ def test_a_run_on_the_gpu(pictures, tmp_path, amp):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_leaves_a_whole_run_folder(pictures, tmp_path, method):
-    narrow = {"groups": 32} if method == "consolidator" else {}
-    result = run(pictures, tmp_path / "run", method=method, epochs=2, batch_size=16, **narrow)
+    small = {"consolidator": {"groups": 32}, "mimi": {"phases": 2}}.get(method, {})
+    result = run(pictures, tmp_path / "run", method=method, epochs=2, batch_size=16, **small)
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml",
@@ -235,6 +297,7 @@ def test_every_method_leaves_a_whole_run_folder(pictures, tmp_path, method):
         "adapter.safetensors",
         "last.ckpt",
         "curves.png",
+        *(["widths.png"] if method == "mimi" else []),
     }
     found = json.loads((folder / "summary.json").read_text())
     assert found == result.summary
@@ -252,7 +315,7 @@ def test_every_method_leaves_a_whole_run_folder(pictures, tmp_path, method):
     with Image.open(folder / "curves.png") as curves:
         curves.load()
     assert Config.from_yaml((folder / "config.yaml").read_text()) == configure(
-        model="test_vit", data=str(pictures), out=str(folder), method=method, epochs=2, batch_size=16, **narrow
+        model="test_vit", data=str(pictures), out=str(folder), method=method, epochs=2, batch_size=16, **small
     )
     torch.manual_seed(0)
     model = va.load(timm.create_model("test_vit"), folder / "adapter.safetensors").eval()
@@ -363,8 +426,3 @@ def test_the_embedded_default_in_one_epoch(tmp_path, capsys):
     image = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(namespace["model"](image), result.model(image))
-
-
-def test_methods_may_define_phases():
-    assert all(isinstance(kind().phases(3), list) for kind in METHODS.values())
-    assert issubclass(TwoPhases, Method)

@@ -74,12 +74,14 @@ def _add_method_flags(group) -> None:
         first = next(iter(owners))
         defaults = [f"{name}: {_shown(field.default)}" for name, field in owners.items()]
         defaults = ", ".join(defaults) if len(owners) > 1 else _shown(owners[first].default)
-        text = " ".join(part for part in (owners[first].metadata.get("help"), f"[{defaults}]") if part)
+        text = " ".join(part for part in (owners[first].metadata.get("help"), defaults and f"[{defaults}]") if part)
         hint = functools.reduce(operator.or_, (field_hints(METHODS[name])[option] for name in owners))
         add_flag(group, option, hint, text)
 
 
 def _shown(default: object) -> object:
+    if default is None:
+        return ""  # the words say what is done then
     if isinstance(default, bool):
         return "on" if default else "off"
     return ",".join(map(str, default)) if isinstance(default, tuple) else default

@@ -73,8 +73,7 @@ def fit(config: Config) -> Result:
         seed_everything(config.seed)
         reset_head(model, len(data.classes), config.head_init)
         attach(model.to(device), config.method)
-        parameters = count_parameters(model)
-        report.attached(parameters, folder.path)
+        report.attached(count_parameters(model), folder.path)
         training = training_transform(config.augmentation, data_config)
         batches = loader(data.train, training, config, device, shuffle=True, every_epoch=True)
         trainer = Trainer(model, batches, val, config, device)
@@ -116,8 +115,10 @@ def fit(config: Config) -> Result:
         found["adapter_file_bytes"] = save(
             model.eval(), folder.adapter, backbone=backbone.origin, class_names=data.classes, data_config=data_config
         )
+    parameters = count_parameters(model)  # phases may have changed them
     found |= {
         "parameters": {kind: getattr(parameters, kind) for kind in _COUNTS},
+        **({"widths": trainer.widths} if any(trainer.widths) else {}),
         "images_per_second": round(trainer.images / max(trainer.seconds, 1e-9), 1),
         "peak_memory_mb": _peak_memory_mb(device),
         "seed": config.seed,
@@ -127,6 +128,8 @@ def fit(config: Config) -> Result:
     folder.write_summary(found)
     if trainer.rows:
         folder.write_curves(curves.draw(trainer.rows, found))
+    if "widths" in found:
+        folder.write_widths(curves.draw_widths(trainer.widths))
     report.closing(found, backbone, folder)
     if failure:
         raise failure

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,13 @@ class Progress:
         self.epochs = sum(phases)
         self.several = len(phases) > 1
         if self.several:
-            _say("phases", f"{len(phases)} of {', '.join(map(str, phases))} epochs")
+            _say("phases", f"{len(phases)} of {', '.join(map(str, phases))} epochs, {self.epochs} in all")
         columns = shutil.get_terminal_size().columns  # 80 where a terminal has no size, as in some containers
         self.bar = tqdm(total=self.epochs * steps, unit="batch", disable=not self.on_terminal, ncols=columns)
+
+    def phase(self, number: int, widths: dict[str, int]) -> None:
+        if widths:
+            tqdm.write(f"{f'phase {number}':<9} {sum(widths.values()):,} neurons in {_alive(widths)} adapters")
 
     def step(self) -> None:
         self.bar.update()
@@ -111,6 +116,10 @@ def closing(found: dict[str, Any], backbone: Backbone, folder: RunFolder) -> Non
     counts = found["parameters"]
     share = f"{counts['trainable'] / counts['total']:.2%} of {counts['total']:,}"
     rows.append(("parameters trained", f"{counts['trainable']:,}", share))
+    if "widths" in found:
+        first, last = found["widths"][0], found["widths"][-1]
+        text = f"in {_alive(last)} adapters, of {sum(first.values()):,} in {_alive(first)} at the start"
+        rows.append(("neurons", f"{sum(last.values()):,}", text))
     if "adapter_file_bytes" in found:
         rows.append(("file size", f"{found['adapter_file_bytes'] / 1000:,.1f} KB", str(folder.adapter)))
     rows.append(("time", f"{found['train_seconds']:.1f} s", f"{found['images_per_second']:,.0f} images/s in training"))
@@ -120,6 +129,10 @@ def closing(found: dict[str, Any], backbone: Backbone, folder: RunFolder) -> Non
         print(f"{name:<19} {number:>{width}}   {text}")
     if "adapter_file_bytes" in found:
         print(f"\n{_how_to_load(backbone, folder.adapter)}", flush=True)
+
+
+def _alive(widths: Mapping[str, int]) -> int:
+    return sum(width > 0 for width in widths.values())
 
 
 def _how_to_load(backbone: Backbone, adapter: Path) -> str:

@@ -6,6 +6,7 @@ last.ckpt             where the training stands, for going on
 adapter.safetensors   what was trained, at its best epoch
 summary.json          how well, how large, how fast
 curves.png            losses and accuracies
+widths.png            how wide each adapter is in each phase, of a method that changes that
 """
 
 import csv
@@ -84,6 +85,10 @@ class RunFolder:
     def write_curves(self, png: bytes) -> None:
         """curves.png."""
         write_atomically(self.path / "curves.png", png)
+
+    def write_widths(self, png: bytes) -> None:
+        """widths.png."""
+        write_atomically(self.path / "widths.png", png)
 
 
 def _next_free(name: str) -> Path:
