@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test lint format cpp-build cpp-test emulate-all resources bench figure gpu clean
+.PHONY: train test lint format cpp-build cpp-test emulate-all resources bench figure pruning gpu clean
 
 train: $(VENV)/package
 	$(BIN)/python -m vitadapter_ext.train $(ARGS)
@@ -57,6 +57,10 @@ bench: $(VENV)/tools
 # Draws benchmarks/results/digits.png: accuracy and trained parameters of the default run and its baselines.
 figure: $(VENV)/package
 	$(BIN)/python -m benchmarks.digits
+
+# MiMi beside random pruning and adapters of its final size from scratch, five seeds each: half an hour.
+pruning: $(VENV)/package
+	$(BIN)/python -m benchmarks.mimi $(ARGS)
 
 # On a machine with a GPU, with that machine's own Python and torch, without a network. Where there is no GPU the command
 # says so and ends with 3. Some phases only: make gpu ARGS="build sweep"; another Python: make gpu PYTHON=/usr/bin/python3
