@@ -35,9 +35,14 @@ def measure(seeds: range, budgets: list[int]) -> tuple[list[dict[str, Any]], byt
             for seed in seeds:
                 with tempfile.TemporaryDirectory() as folder:
                     given = {**settings, "epochs": epochs, "seed": seed, "baselines": False, "out": folder}
-                    runs.append(fit(configure(**given)).summary)
+                    result = fit(configure(**given))
+                    runs.append(result.summary)
             picture = picture or draw_widths(runs[0]["widths"])
-            row = {"arm": arm, "epochs": epochs, "neurons": runs[0]["parameters"]["adapter"] // (2 * 128)}
+            row = {
+                "arm": arm,
+                "epochs": epochs,
+                "neurons": runs[0]["parameters"]["adapter"] // (2 * result.model.embed_dim),
+            }
             row["trained_parameters"] = runs[0]["parameters"]["trainable"]
             if "widths" in runs[0]:
                 row["vanished"] = [sum(width == 0 for width in run["widths"][-1].values()) for run in runs]

@@ -222,6 +222,7 @@ def test_mimi_shrinks_between_its_phases(pictures, tmp_path, final_training):
     assert {name: result.model.get_submodule(name).down.out_features for name in widths[-1]} == widths[-1]
     with Image.open(out / "widths.png") as picture:
         picture.load()
+    assert result.summary["best_epoch"] > 4
     # What the validation images say is said of the model that is saved.
     torch.manual_seed(0)
     loaded = va.load(timm.create_model("test_vit"), out / "adapter.safetensors")
@@ -234,10 +235,59 @@ def test_mimi_shrinks_between_its_phases(pictures, tmp_path, final_training):
 def test_mimi_says_its_budget_first_and_stops_within_a_phase(pictures, tmp_path, capsys):
     run(pictures, tmp_path / "run", **{**MIMI, "epochs": 20, "patience": 1, "lr": 1e-12})
     out = capsys.readouterr().out
-    budget, first = "phases    3 of 7, 7, 6 epochs, 20 in all\n", "phase 1   "
+    budget, first = "phases    3: 7 + 7 + 6 = 20 epochs\n", "phase 1   "
     assert 0 < out.index(budget) < out.index(first)
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
     assert [row["phase"] for row in rows].count("1") < 7 and {row["phase"] for row in rows} == {"1", "2", "3"}
+
+
+def test_the_optimizers_moments_stay_with_their_neurons(monkeypatch):
+    training = trainer(epochs=4, method=va.Mimi(start_rank=4, phases=2), lr=0.01)
+    kept, cut = {}, va.Mimi.cut
+
+    def note(method, model, prunes, optimizer=None):
+        before = {name: p for name, p in trainable(model).items() if name.endswith("down.weight")}
+        moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in before.items()}
+        cut(method, model, prunes, optimizer)
+        for name, p in before.items():
+            rows = [any(torch.equal(row, left) for left in model.get_parameter(name)) for row in p]
+            kept[name] = moments[name][torch.tensor(rows)]
+
+    monkeypatch.setattr(va.Mimi, "cut", note)
+    compared = []
+
+    def compare(number, widths):
+        for name, moments in kept.items():
+            if len(moments):
+                state = training.optimizer.state[training.model.get_parameter(name)]
+                assert torch.equal(state["exp_avg"], moments) and state["step"] == 2 * 3
+                compared.append(name)
+
+    listener = Silent()
+    listener.phase = compare
+    training.run(listener)
+    assert compared
+
+
+def test_what_an_optimizer_counts_in_its_groups_goes_along():
+    training = trainer(epochs=4, method=va.Mimi(start_rank=4, phases=2), optimizer="adan")
+    steps = []
+    training.run(Silent(lambda trainer: steps.append([group["step"] for group in trainer.optimizer.param_groups])))
+    assert steps == [[3 * epoch] * 2 for epoch in (1, 2, 3, 4)]
+
+
+def test_mimi_that_diverges_after_a_prune_keeps_the_pruned_model(pictures, tmp_path, monkeypatch):
+    step = Trainer._train_step
+    monkeypatch.setattr(
+        Trainer, "_train_step", lambda self, *batch: step(self, *batch) * (float("nan") if self.phase == 2 else 1)
+    )
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match="the loss became nan in epoch 3: the best epoch before is saved"):
+        run(pictures, out, **MIMI)
+    found = json.loads((out / "summary.json").read_text())
+    assert (found["status"], found["best_epoch"], len(found["widths"])) == ("diverged", 2, 2)
+    torch.manual_seed(0)
+    assert va.Mimi().widths(va.load(timm.create_model("test_vit"), out / "adapter.safetensors")) == found["widths"][1]
 
 
 def test_mimi_interrupted_in_a_later_phase_keeps_what_there_is(pictures, tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ BAD = {
     "--method mimi --phases 0": "phases is 0; it must be a whole number of at least 1",
     "--method mimi --epochs 3": "--epochs is too small: 4 phases need as many epochs or more, got 3",
     "--method mimi --min-total 385": "min_total is 385, but this model starts with 384 neurons",
-    "--method mimi --start-rank 8 --sigma 4": "start_rank is 8 and sigma 4; give one of them",
+    "--method mimi --sigma 129": "sigma is 129, which leaves blocks.0 no neuron: it must be 128 or less",
     "--method mimi --score best": "unknown score 'best'",
     "--method arc --positions atn": "unknown position 'atn': did you mean 'attn'?",
     "--method arc --positions mlp,mlp": "positions are ('mlp', 'mlp'); they must be attn, mlp or both",

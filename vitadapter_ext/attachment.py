@@ -79,6 +79,7 @@ def attach_resized(
     trained = tensors_by_kind(model)
     trained_names = {*trained["adapter"], *trained["head"], *trained["override"]}
     for name, p in model.named_parameters():
+        # Of no elements there is nothing to train: DistributedDataParallel would wait for its gradient.
         p.requires_grad_(name in trained_names and p.numel() > 0)
     return model
 

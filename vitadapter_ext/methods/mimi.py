@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._text import unknown
+from ..folding import to_cpu
 from ..nn._options import check_size
 from ..nn.adapter import INITS, FusedAdapter
 from .base import POSITIONS, Method, Shapes, beside, check_flags, check_positions, option
 
 SCORES = ("paper", "paper-normalised", "random")
-DEFAULT_SIGMA = 16
 
 
 def select(down: Sequence[Tensor], up: Sequence[Tensor], keep: int, normalise: bool = False) -> list[Tensor]:
@@ -48,8 +48,9 @@ def select(down: Sequence[Tensor], up: Sequence[Tensor], keep: int, normalise: b
                 f"adapter {i} has down {tuple(rows.shape)} and up {tuple(columns.shape)}; "
                 "they must be (rank, d_in) and (d_out, rank)"
             )
-        total = rows.detach().double().abs().sum(1) + columns.detach().double().abs().sum(0)
-        score = total.cpu() / (rows.shape[1] + len(columns))
+        # There, for the same survivors on every device; some have no float64 either.
+        total = to_cpu(rows).double().abs().sum(1) + to_cpu(columns).double().abs().sum(0)
+        score = total / (rows.shape[1] + len(columns))
         if not score.isfinite().all():
             raise ValueError(f"the weights of adapter {i} are not all finite")
         if normalise and score.any():
@@ -122,19 +123,20 @@ class Mimi(Method):
     """Adapters behind the attention and the MLP, b + up(gelu(down(b))) for a branch b, that begin wide and are trained
     and pruned in turn: the importance of neurons (`select`) decides across all layers how wide each becomes.
 
-    Prune t leaves floor(N·(1 - prune)^t) of the N neurons at the start, computed exactly.
+    Prune t leaves floor(N·(1 - prune)^t) of the N neurons at the start, computed exactly. It scores the weights as the
+    last epoch of its phase left them, and training goes on from there; a prune at the end scores the best epoch's.
 
     Args:
-        start_rank: width of every adapter at the start, at least 1.
-        sigma: in place of it, the width of the block over the width at the start (a Swin's blocks: four times their
-            width over it, as in the authors' code); 16 where neither is given.
+        start_rank: width of every adapter at the start, at least 1; None: by `sigma`.
+        sigma: without `start_rank` an adapter starts with width // sigma neurons for its block's width (in a Swin, as
+            in the authors' code, 4·width // sigma).
         prune: in (0, 1), the share of the remaining neurons that each prune takes.
         phases: how many times it is trained, at least 1; the epochs are split among them, and each has a warm-up and a
             schedule of its own. Weights go on from where they are.
         score: "paper": `select`; "paper-normalised": with each adapter's importances over its largest; "random".
         final_training: whether training has the last word: there are `phases` - 1 prunes then, otherwise, as in the
             authors' code, `phases`.
-        min_total: pruning never goes below this many neurons.
+        min_total: pruning never goes below this many neurons in all, at least 1.
         positions: "attn", "mlp" or both.
         init: as in `FusedAdapter`; the authors' ViT has "linear", their Swin "trunc_normal".
     Raises:
@@ -144,22 +146,21 @@ class Mimi(Method):
     name: ClassVar[str] = "mimi"
     description: ClassVar[str] = "wide adapters, pruned in turns across all layers (WACV 2024)"
 
-    start_rank: int | None = option(None, "width of the adapters at the start")
-    sigma: int | None = option(None, f"or a block's width over it [{DEFAULT_SIGMA}]")
+    start_rank: int | None = option(None, "width at the start [by --sigma]")
+    sigma: int = option(16, "width at the start: the block's over it")
     prune: float = option(0.5, "share of the neurons that each prune takes")
     phases: int = option(4, "trainings, which share the epochs")
     score: str = option("paper", ", ".join(SCORES))
     final_training: bool = option(True, "train after the last prune")
-    min_total: int | None = option(None, "neurons that are never pruned")
+    min_total: int | None = option(None, "fewest neurons that pruning leaves")
     positions: tuple[str, ...] = option(POSITIONS, "attn, mlp or both: attn,mlp")
     init: str = option("linear", ", ".join(INITS))
 
     def __post_init__(self) -> None:
-        for field in ("start_rank", "sigma", "min_total"):
+        for field in ("start_rank", "min_total"):
             if getattr(self, field) is not None:
                 check_size(field, getattr(self, field))
-        if self.start_rank is not None and self.sigma is not None:
-            raise ValueError(f"start_rank is {self.start_rank} and sigma {self.sigma}; give one of them")
+        check_size("sigma", self.sigma)
         prune = self.prune
         if isinstance(prune, bool) or not isinstance(prune, (int, float)) or not 0 < prune < 1:
             raise ValueError(f"prune is {prune!r}; it must be a share between 0 and 1, both excluded")
@@ -175,16 +176,16 @@ class Mimi(Method):
         from ..sites import ADAPTED_BLOCKS, find_blocks  # here, so that naming a method need not wait for timm
 
         blocks = find_blocks(model)
-        if shapes is None and (self.min_total or 0) > (start := self._start(blocks)):
-            raise ValueError(f"min_total is {self.min_total}, but this model starts with {start:,} neurons")
+        if shapes is None and (self.min_total or 0) > (total := self._start(blocks)):
+            raise ValueError(f"min_total is {self.min_total}, but this model starts with {total:,} neurons")
         for name, block in blocks.items():
-            start, where = self._start_rank(name, block), beside(next(block.parameters()))
+            where = beside(next(block.parameters()))
             block.__class__ = ADAPTED_BLOCKS[type(block)]
             for position in POSITIONS:
                 adapter = None
                 if position in self.positions:
                     saved = (shapes or {}).get(f"{name}.adapter_{position}.down.weight", ())
-                    rank = saved[0] if len(saved) == 2 else start
+                    rank = saved[0] if len(saved) == 2 else self._start_rank(name, block)
                     adapter = FusedAdapter(block.width, rank or 1, bias=False, init=self.init, **where)
                     if rank == 0:
                         shrink(adapter, torch.tensor([False]))
@@ -214,22 +215,33 @@ class Mimi(Method):
         return max(left, min(start, self.min_total or 0))
 
     def cut(self, model: nn.Module, prunes: int, optimizer: Optimizer | None = None) -> None:
-        """Prunes an attached model in place for the `prunes`-th time; `optimizer` as in `shrink`."""
+        """Prunes a model in place for the `prunes`-th time, from 1; `optimizer` as in `shrink`.
+
+        Raises:
+            ValueError: another method or none is attached to the model, or it has been done.
+        """
+        from ..attachment import attachment
         from ..sites import Joined
 
+        check_size("prunes", prunes)
+        if (method := attachment(model).method) != self:
+            raise ValueError(f"{method} is attached to this model, not {self}")
         adapters = _adapters(model)
         blocks = {name: block for name, block in model.named_modules() if isinstance(block, Joined)}
-        keep = self.neurons(self._start(blocks), prunes)
+        keep, ranks = self.neurons(self._start(blocks), prunes), list(self.widths(model).values())
+        if keep > sum(ranks):
+            raise ValueError(f"prune {prunes} leaves {keep:,} neurons, but there are only {sum(ranks):,}")
         if self.score == "random":
-            masks = _highest([torch.rand(adapter.down.out_features) for adapter in adapters.values()], keep)
+            masks = _highest(torch.randperm(sum(ranks)).split(ranks), keep)
         else:
             down = [adapter.down.weight for adapter in adapters.values()]
             up = [adapter.up.weight for adapter in adapters.values()]
             masks = select(down, up, keep, normalise=self.score == "paper-normalised")
         for (name, adapter), survivors in zip(adapters.items(), masks, strict=True):
             shrink(adapter, survivors, optimizer)
-            block, _, position = name.rpartition(".adapter_")
-            blocks[block].put(position, "branch", adapter)
+            if not survivors.any():
+                block, _, position = name.rpartition(".adapter_")
+                blocks[block].put(position, "plain", adapter)
 
     def _start(self, blocks: dict[str, nn.Module]) -> int:
         return len(self.positions) * sum(self._start_rank(name, block) for name, block in blocks.items())
@@ -240,10 +252,9 @@ class Mimi(Method):
         from timm.models.swin_transformer import SwinTransformerBlock
 
         width = block.attn.proj.out_features * (4 if isinstance(block, SwinTransformerBlock) else 1)
-        sigma = self.sigma or DEFAULT_SIGMA
-        if sigma > width:
-            raise ValueError(f"sigma is {sigma}, which leaves {name} no neuron: it must be {width} or less")
-        return width // sigma
+        if self.sigma > width:
+            raise ValueError(f"sigma is {self.sigma}, which leaves {name} no neuron: it must be {width} or less")
+        return width // self.sigma
 
 
 def _adapters(model: nn.Module) -> dict[str, FusedAdapter]:

@@ -79,12 +79,12 @@ def _add_method_flags(group) -> None:
         add_flag(group, option, hint, text)
 
 
-def _shown(default: object) -> object:
+def _shown(default: object) -> str:
     if default is None:
         return ""  # the words say what is done then
     if isinstance(default, bool):
         return "on" if default else "off"
-    return ",".join(map(str, default)) if isinstance(default, tuple) else default
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def _methods() -> str:

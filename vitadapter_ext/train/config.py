@@ -50,7 +50,7 @@ class Config:
     warmup_epochs: int = _field(3, "training", "from 0; at most half of a phase")
     clip_grad: float | None = _field(None, "training", "largest norm of the gradient")
     label_smoothing: float = _field(0.0, "training", "share spread over all classes")
-    patience: int | None = _field(None, "training", "stop after N epochs without a better one", "N")
+    patience: int | None = _field(None, "training", "end a phase after N epochs without a better one", "N")
     seed: int = _field(0, "training", "of everything that is drawn")
 
     device: str = _field("auto", "run", "cpu, cuda, cuda:1; auto: a GPU if any")

@@ -57,7 +57,7 @@ def draw_widths(widths: Sequence[Mapping[str, int]]) -> bytes:
     count = len(widths[0]) // len(positions)
     figure = Figure(figsize=(max(5.0, 1.6 + 0.36 * count), 1.2 + 2.0 * len(positions)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(positions), 1, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(len(positions), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     shades = [f"{0.92 - 0.24 * i / max(1, len(widths) - 2):.2f}" for i in range(len(widths) - 1)] + ["#c1440e"]
     labels = [f"{'start' if i == 0 else f'after prune {i}'}: {sum(w.values()):,} neurons" for i, w in enumerate(widths)]
     for axes, position in zip(panels, positions, strict=True):

@@ -3,7 +3,6 @@
 import math
 import random
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,7 +37,7 @@ class Listener(Protocol):
         """Before the first epoch: epochs of each phase, and steps of an epoch."""
 
     def phase(self, number: int, widths: dict[str, int]) -> None:
-        """Before each phase (from 1), with the method's `widths`."""
+        """Before each phase (from 1), with the method's `widths`; also after the last, where it has changed them."""
 
     def step(self) -> None:
         """After each batch."""
@@ -91,32 +90,32 @@ class Trainer:
         self.seconds = 0.0
         self.best: Best | None = None
         self.rows: list[dict[str, Any]] = []
-        self.widths: list[dict[str, int]] = []
-        self.optimizer = self._make_optimizer({})
+        self.widths = [config.method.widths(model)]
+        self.optimizer = self._make_optimizer()
         self.scheduler = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
     def run(self, listener: Listener) -> None:
-        """Trains all phases and leaves the model with the last one's best tensors, also where it is interrupted; then
-        the method has its last say.
+        """Trains all phases and leaves the model with the last one's best tensors, also where it is interrupted; what
+        the method makes of them after the last phase takes their place.
 
         Raises:
             DivergedError: the loss became infinite or NaN.
             KeyboardInterrupt: passed on.
         """
-        method = self.config.method
-        phases = method.training_phases(self.config.epochs)
+        phases = self.config.method.training_phases(self.config.epochs)
         listener.start(phases, len(self.train))
         try:
             for epochs in phases:
                 self._run_phase(epochs, listener)
         finally:
             self.restore_best()
-        if method.after_phase(self.model, self.optimizer, self.phase):
-            self.widths.append(method.widths(self.model))
-            val_loss, val_accuracy = evaluate(self.model, self.val, self.device, self.config.amp)
-            self._keep(self.best.epoch, val_accuracy, val_loss)
+        best, self.best = self.best, None
+        if self._edit(best.epoch):
+            listener.phase(self.phase + 1, self.widths[-1])
+        else:
+            self.best = best
 
     def restore_best(self) -> None:
         """Puts the best epoch's tensors back; without one the model stays as it is."""
@@ -132,6 +131,7 @@ class Trainer:
             "phase": self.phase,
             "epoch": self.epoch,
             "rows": self.rows,
+            "widths": self.widths,
             "trainable": {name: tensor.detach() for name, tensor in trainable(self.model).items()},
             "best": None if self.best is None else vars(self.best),
             "optimizer": self.optimizer.state_dict(),
@@ -146,13 +146,11 @@ class Trainer:
         }
 
     def _run_phase(self, epochs: int, listener: Listener) -> None:
-        method = self.config.method
-        self.best = None
         if self.phase:
-            method.after_phase(self.model, self.optimizer, self.phase)
-            self.optimizer = self._make_optimizer(self.optimizer.state)
+            self.best = None
+            self._edit(self.epoch)
+            self.optimizer = self._make_optimizer(self.optimizer)
         self.phase += 1
-        self.widths.append(method.widths(self.model))
         listener.phase(self.phase, self.widths[-1])
         warmup = min(self.config.warmup_epochs, epochs / 2)
         self.scheduler, _ = create_scheduler_v2(
@@ -172,8 +170,19 @@ class Trainer:
             if self.config.patience is not None and self.epoch - self.best.epoch >= self.config.patience:
                 break
 
-    def _make_optimizer(self, known: Mapping[Tensor, Any]) -> torch.optim.Optimizer:
-        """timm's optimizer over what is trained; what an earlier one has `known` of a tensor goes along with it."""
+    def _edit(self, epoch: int) -> bool:
+        """Lets the method edit the model after a phase. What it leaves is the best so far, for nothing else fits the
+        model any more; `epoch` is where it came from."""
+        if not self.config.method.after_phase(self.model, self.optimizer, self.phase):
+            return False
+        self.widths.append(self.config.method.widths(self.model))
+        val_loss, val_accuracy = evaluate(self.model, self.val, self.device, self.config.amp)
+        self._keep(epoch, val_accuracy, val_loss)
+        return True
+
+    def _make_optimizer(self, former: torch.optim.Optimizer | None = None) -> torch.optim.Optimizer:
+        """timm's optimizer over what is trained; what a former one knows of a tensor, or counts of a group, goes
+        along."""
         optimizer = create_optimizer_v2(
             self.model,
             self.config.optimizer,
@@ -181,7 +190,13 @@ class Trainer:
             weight_decay=self.config.weight_decay,
             param_group_fn=self._param_groups,  # without weight decay older timm would take the frozen ones in
         )
-        optimizer.state.update({tensor: known[tensor] for tensor in trainable(self.model).values() if tensor in known})
+        if former is not None:
+            known = former.state
+            optimizer.state.update({t: known[t] for t in trainable(self.model).values() if t in known})
+            by_decay = {group["weight_decay"]: group for group in former.param_groups}
+            for group in optimizer.param_groups:
+                for key, counted in by_decay.get(group["weight_decay"], {}).items():
+                    group.setdefault(key, counted)  # such as the step, which some of timm's optimizers keep there
         return optimizer
 
     def _param_groups(self, model: nn.Module) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ RECIPES = {
         },
         by_method={
             "arc": {"lr": 2e-2, "rank": 16},
-            "mimi": {"start_rank": 32},
+            "mimi": {"sigma": 4},
             # Half the width of 128, as the paper's 384 of 768: blocks of 6x2, 2x2, 8x2 and 2x8. Drop-path only slowed
             # the few epochs down.
             "consolidator": {"groups": (64,), "drop_path": 0.0},

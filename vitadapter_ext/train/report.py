@@ -72,16 +72,16 @@ class Progress:
             self.bar.close()
 
     def start(self, phases: list[int], steps: int) -> None:
-        self.epochs = sum(phases)
-        self.several = len(phases) > 1
-        if self.several:
-            _say("phases", f"{len(phases)} of {', '.join(map(str, phases))} epochs, {self.epochs} in all")
+        self.epochs, self.phases = sum(phases), len(phases)
+        if self.phases > 1:
+            _say("phases", f"{self.phases}: {' + '.join(map(str, phases))} = {self.epochs} epochs")
         columns = shutil.get_terminal_size().columns  # 80 where a terminal has no size, as in some containers
         self.bar = tqdm(total=self.epochs * steps, unit="batch", disable=not self.on_terminal, ncols=columns)
 
     def phase(self, number: int, widths: dict[str, int]) -> None:
         if widths:
-            tqdm.write(f"{f'phase {number}':<9} {sum(widths.values()):,} neurons in {_alive(widths)} adapters")
+            when = f"phase {number}" if number <= self.phases else "at last"
+            tqdm.write(f"{when:<9} {sum(widths.values()):,} neurons in {_alive(widths)} adapters")
 
     def step(self) -> None:
         self.bar.update()
@@ -89,7 +89,7 @@ class Progress:
     def epoch(self, row: dict[str, Any], trainer: Trainer) -> None:
         self.folder.write_metrics(trainer.rows)
         self.folder.write_checkpoint(trainer.checkpoint())
-        phase = f"phase {row['phase']}  " if self.several else ""
+        phase = f"phase {row['phase']}  " if self.phases > 1 else ""
         accuracy = f"val {100 * row['val_accuracy']:.2f} %"
         self.bar.set_description(f"{phase}epoch {row['epoch']}/{self.epochs}, {accuracy}")
         if not self.on_terminal:
