@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitadapter_ext import reference
-from vitadapter_ext.nn.consolidator import columns
 from vitadapter_ext.ops import consolidated_linear, consolidator
 from vitadapter_ext.ops.consolidator import in_weight_is_faster
 
@@ -66,7 +65,7 @@ def masked(layer: str, groups: Sequence[int], shuffle: bool = True) -> Function:
     """A product with a dense matrix that is 0 but for the branches' entries; backward, all of its gradient is made and
     the entries' are taken out of it."""
     width, out = LAYERS[layer]
-    places = [columns(width, out, g, shuffle) for g in groups]
+    places = [reference.branch_columns(width, out, g, shuffle) for g in groups]
 
     def product(x: Tensor, base: Tensor, *parameters: Tensor) -> Tensor:
         weights, biases = halves(parameters)

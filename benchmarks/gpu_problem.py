@@ -274,7 +274,8 @@ class ConsolidatedLinearProblem(Problem):
         }
         layers = consolidator.layers()
         self.plain = layers.pop("plain")  # without branches, and so with no gradients of theirs
-        self.functions = layers | {"eager": layers.pop("conv")}
+        convolution = layers.pop("conv")
+        self.functions = layers | {"eager": convolution}
         self.auto = consolidator.auto(self.inputs["x"], self.inputs["weight"])
         self.base = {}
         self.begin(*images, out)

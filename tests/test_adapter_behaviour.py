@@ -85,7 +85,7 @@ def test_without_kernels_the_op_still_compiles_checks_and_ignores_autocast(monke
     torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))
     with pytest.raises(RuntimeError, match=r"residual has shape \(7, 24\); expected \(3, 7, 24\)"):
         module(x, x[0])
-    with pytest.raises(RuntimeError, match="a dropout probability is 1"):
+    with pytest.raises(RuntimeError, match="adapter: dropout is 1; it must be a probability"):
         adapter(x, module.down.weight, module.up.weight, dropout=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = module(x)

@@ -87,7 +87,7 @@ def test_without_kernels_the_op_still_compiles_and_checks(monkeypatch):
         arc(**a | {"bias": torch.ones(3).double()})
     with pytest.raises(RuntimeError, match="arc: basis has shape"):
         arc(**a | {"basis": torch.ones(23, 3).double()})
-    with pytest.raises(RuntimeError, match="arc: a dropout probability is 1"):
+    with pytest.raises(RuntimeError, match="arc: dropout is 1; it must be a probability"):
         arc(**a, dropout=1)
 
 

@@ -91,7 +91,8 @@ def test_autocast_is_as_of_a_linear_layer(device, low):
             assert y.dtype == (low or F32)
             with torch.no_grad():
                 assert torch.equal(listed(consolidated_linear, tensors, in_weight=in_weight), y)
-    torch.testing.assert_close(y.float(), listed(plain, tensors), rtol=0.05, atol=0.05)
+            with torch.autocast(device, enabled=False):
+                torch.testing.assert_close(y.float(), listed(plain, tensors), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
@@ -142,8 +143,35 @@ def test_auto_is_in_the_weight_from_so_many_rows_on_and_never_with_drop_path():
 def test_drop_path_in_the_weight_is_refused():
     with pytest.raises(ValueError, match="in_weight=True needs drop_path=0: in a weight, no sample's branch can be"):
         listed(consolidated_linear, make(), drop_path=0.1, in_weight=True)
-    with pytest.raises(ValueError, match="in_weight is 'yes'; it must be 'auto', True or False"):
-        listed(consolidated_linear, make(), in_weight="yes")
+    for given in ("yes", 1, None):
+        with pytest.raises(ValueError, match=f"in_weight is {given!r}; it must be 'auto', True or False"):
+            listed(consolidated_linear, make(), in_weight=given)
+
+
+@pytest.mark.parametrize("in_weight", [True, False])
+def test_biases_add_up_in_float32_and_the_layer_needs_none(device, in_weight):
+    low = torch.bfloat16
+    x, weight = torch.zeros(5, 24, device=device, dtype=low), torch.zeros(36, 24, device=device, dtype=low)
+    weights = [torch.zeros(36, 4, device=device, dtype=low)] * 8
+    biases = [torch.randn(36, device=device).to(low) for _ in weights]
+    y = consolidated_linear(x, weight, None, weights, biases, in_weight=in_weight)
+    expected = sum(bias.float() for bias in biases).to(low).expand(5, -1)
+    ulp = expected.float().abs() * 2**-7
+    assert ((y.float() - expected.float()).abs() <= ulp * (0 if in_weight else 1)).all()
+    assert torch.equal(consolidated_linear(x, weight, None, weights, in_weight=in_weight), torch.zeros_like(y))
+
+
+@pytest.mark.parametrize("in_weight", [True, False])
+def test_under_autocast_x_is_kept_in_the_low_dtype(in_weight):
+    tensors, kept = make(), []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        y = listed(consolidated_linear, tensors, in_weight=in_weight)
+    assert [t.dtype for t in kept if t.shape == tensors["x"].shape] == [torch.bfloat16]
+    y.sum().backward()
+    assert all(t.grad.dtype == t.dtype for t in tensors.values())
 
 
 @pytest.mark.parametrize("in_weight", [True, False])
@@ -196,6 +224,9 @@ BAD = {
     r"(biases\[1\]|a bias) has shape \(24,\); expected (\(out,\) = )?\(36,\)": {"biases1": (24,)},
     r"weight has shape \(36, 23\); expected \(out, in\) with in = 24": {"weight": (36, 23)},
     r"weight has shape \(36,\); expected \(out, in\) with in = 24": {"weight": (36,)},
+    r"weight has shape \(35, 24\) and a branch's weight \(36, 2\); expected as many outputs": {"weight": (35, 24)},
+    r"bias has shape \(1,\); expected \(36,\)": {"bias": (1,)},
+    r"bias has shape \(35,\); expected \(36,\)": {"bias": (35,)},
 }  # fmt: skip
 
 

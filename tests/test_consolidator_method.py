@@ -19,7 +19,7 @@ from vitadapter_ext.train import configure, fit
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 ONE_OF_EACH_BLOCK = ("siglip", "eva02", "eva02_large", "beit", "swin")
 # 8 divides the sizes of every layer in tests.vits.
-BRANCHES = {"one": (8,), "unequal": (8, 2, 4), "equal": (4, 8, 4)}
+BRANCHES = {"one": (8,), "unequal": (8, 2, 4), "two alike": (4, 8, 4), "equal": (8, 8, 8)}
 METHOD = va.Consolidator(groups=(8,), drop_path=0.0)
 
 
@@ -511,6 +511,18 @@ def test_meta_tensors():
     assert all(p.is_meta for p in model.parameters())
     stored = StoredConsolidator(30, 42, (6, 3), device="meta")
     assert stored.delta()[0].shape == (42, 30)
+    for method in (va.Consolidator(groups=(8, 4), drop_path=0.0), va.Adapter(rank=3), va.Arc(rank=3)):
+        for training in (False, True):
+            model = va.attach(make().to("meta"), method).train(training)
+            with torch.autocast("cpu", torch.bfloat16):  # which knows no meta device
+                assert model(images(model).to("meta")).shape == (2, 3)
+
+
+@pytest.mark.parametrize("architecture", ["eva02", "beit"])
+def test_an_attention_whose_qkv_has_no_branches_is_as_it_was(architecture):
+    model = va.attach(make(architecture), va.Consolidator(groups=(8,), targets=("proj", "fc1")))
+    assert type(model.blocks[0].attn) is type(make(architecture).blocks[0].attn)
+    assert isinstance(model.blocks[0].attn.proj, ConsolidatedLinear)
 
 
 # The driver

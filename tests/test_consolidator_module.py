@@ -13,7 +13,7 @@ from vitadapter_ext import reference
 from vitadapter_ext.nn.consolidator import StoredConsolidator, entries, summed
 from vitadapter_ext.ops.consolidator import MAX_BRANCHES
 
-GROUPS = {"one": (6,), "dense": (1,), "unequal": (6, 2, 3), "equal": (3, 3, 6)}
+GROUPS = {"one": (6,), "dense": (1,), "unequal": (6, 2, 3), "two alike": (3, 3, 6), "equal": (6, 6, 6)}
 every_groups = pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
 shuffled = pytest.mark.parametrize("shuffle", [True, False], ids=["shuffled", "in order"])
 biased = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])

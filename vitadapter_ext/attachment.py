@@ -77,10 +77,9 @@ def attach_resized(
         for child in filter(None, map(module._modules.get, added)):
             child.train(module.training)
     trained = tensors_by_kind(model)
-    trained_names = {*trained["adapter"], *trained["head"], *trained["override"]}
     for name, p in model.named_parameters():
-        # Of no elements there is nothing to train: DistributedDataParallel would wait for its gradient.
-        p.requires_grad_(name in trained_names and p.numel() > 0)
+        if name not in trained["adapter"]:  # those ask for what the method has them ask
+            p.requires_grad_(name in trained["head"] or name in trained["override"])
     return model
 
 

@@ -185,9 +185,13 @@ def consolidated_weight(weight: Tensor, weights: Sequence[Tensor], shuffle: bool
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     total = weight.to(wide)
     for branch in weights:
-        groups = width // branch.shape[1]
-        places = torch.arange(width, device=weight.device)
-        sources = (shuffled(places, groups) if shuffle else places).reshape(groups, 1, -1)
-        columns = sources.expand(-1, out // groups, -1).reshape(out, -1)
+        columns = branch_columns(width, out, width // branch.shape[1], shuffle).to(weight.device)
         total = total.scatter_add(1, columns, branch.to(wide))
     return total
+
+
+def branch_columns(in_features: int, out_features: int, groups: int, shuffle: bool) -> Tensor:
+    """(out, in / groups) int64, on the CPU: which of the inputs each weight of a branch meets."""
+    inputs = torch.arange(in_features, device="cpu")  # whatever `torch.device` is around
+    inputs = shuffled(inputs, groups) if shuffle else inputs
+    return inputs.reshape(groups, 1, -1).expand(-1, out_features // groups, -1).reshape(out_features, -1)

@@ -220,17 +220,21 @@ ARC_PLACES = {
 # Around consolidated linear layers: what keeps a layer's `forward` from being called, or from knowing its images.
 
 
-class CallsQkv(Foldable):
-    """EVA's and BEiT's attention, which calls `qkv` only where it adds the biases of q, k and v after it."""
+class AroundLayers(Foldable):
+    """What these classes share: there is nothing of their own to fold, the layers in them fold themselves."""
 
     added = ()
+
+    def folded(self) -> dict[str, Tensor]:
+        return {}
+
+
+class CallsQkv(AroundLayers):
+    """EVA's and BEiT's attention, which calls `qkv` only where it adds the biases of q, k and v after it."""
 
     @property
     def qkv_bias_separate(self) -> bool:
         return True  # whatever the instance's attribute says, which `detach` leaves as it was
-
-    def folded(self) -> dict[str, Tensor]:
-        return {}  # the layers fold themselves
 
 
 class ConsolidatedEvaAttention(CallsQkv, EvaAttention):
@@ -241,19 +245,14 @@ class ConsolidatedBeitAttention(CallsQkv, beit.Attention):
     pass
 
 
-class ConsolidatedSwinBlock(Foldable, SwinTransformerBlock):
+class ConsolidatedSwinBlock(AroundLayers, SwinTransformerBlock):
     """Swin's attention sees windows: its block says how many images they are of."""
-
-    added = ()
 
     def _attn(self, x: Tensor) -> Tensor:
         for module in self.attn.modules():
             if isinstance(module, FusedConsolidator) and module.training:
                 module.samples = len(x)
         return super()._attn(x)
-
-    def folded(self) -> dict[str, Tensor]:
-        return {}  # the layers fold themselves
 
 
 CONSOLIDATED = {

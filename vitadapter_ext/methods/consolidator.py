@@ -87,21 +87,22 @@ class Consolidator(Method):
         from ..sites import ADAPTED_MLPS, ARC_PLACES, CONSOLIDATED, find_blocks, find_parts
 
         tables = {"attn": ARC_PLACES["attn"], "mlp": ADAPTED_MLPS}  # which of timm's classes have layers of these names
-        parts = {TARGETS[target][0] for target in self.targets}
-        places = {name: part for kind in sorted(parts) for name, part in find_parts(model, kind, tables[kind]).items()}
         layers = {}
-        for name, place in places.items():
-            for target in self.targets:
-                kind, names = TARGETS[target]
-                if name.endswith(f".{kind}"):
-                    found = {f"{name}.{own}": getattr(place, own, None) for own in names}
-                    layers |= {own: layer for own, layer in found.items() if layer is not None}
+        for target in self.targets:
+            part, names = TARGETS[target]
+            for name, place in find_parts(model, part, tables[part]).items():
+                found = {f"{name}.{own}": getattr(place, own, None) for own in names}
+                layers |= {own: layer for own, layer in found.items() if layer is not None}
         added = {name: self._beside(layer, name, shapes or {}) for name, layer in layers.items()}
 
         for name, layer in layers.items():
             layer.__class__, layer.in_weight, layer.consolidator = ConsolidatedLinear, self.in_weight, added[name]
-        blocks = find_blocks(model).values() if "attn" in parts else ()
-        for module in (*places.values(), *blocks):
+        around = []
+        if "qkv" in self.targets:
+            around += [block.attn for block in find_blocks(model).values()]
+        if any(TARGETS[target][0] == "attn" for target in self.targets):
+            around += find_blocks(model).values()
+        for module in around:
             if type(module) in CONSOLIDATED:
                 module.__class__ = CONSOLIDATED[type(module)]
 
@@ -137,7 +138,6 @@ class Consolidator(Method):
         for match in filter(None, found):
             branches.setdefault(match[1], []).append(match[0].removesuffix(".weight"))
         for layer, names in branches.items():
-            names.sort(key=lambda name: (len(name), name))
             biases = [tensors.pop(f"{name}.bias") for name in names if f"{name}.bias" in tensors]
             whole = f"adapter.{layer}.consolidator" if len(names) > 1 else names[0]
             if len(names) > 1:

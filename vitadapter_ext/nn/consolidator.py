@@ -42,18 +42,11 @@ def check_division(in_features: int, out_features: int, groups: Sequence[int]) -
 # Where the weights of branches are in (out, in).
 
 
-def columns(in_features: int, out_features: int, groups: int, shuffle: bool) -> Tensor:
-    """(out, in / groups) int64: which of the inputs each weight of a branch meets."""
-    inputs = torch.arange(in_features, device="cpu")  # whatever `torch.device` is around
-    inputs = reference.shuffled(inputs, groups) if shuffle else inputs
-    return inputs.reshape(groups, 1, -1).expand(-1, out_features // groups, -1).reshape(out_features, -1)
-
-
 def _union(in_features: int, out_features: int, groups: Sequence[int], shuffle: bool) -> Tensor:
     """(out, in) bool: the entries that any branch has."""
     found = torch.zeros(out_features, in_features, dtype=torch.bool, device="cpu")
     for g in groups:
-        found.scatter_(1, columns(in_features, out_features, g, shuffle), True)
+        found.scatter_(1, reference.branch_columns(in_features, out_features, g, shuffle), True)
     return found
 
 
@@ -216,14 +209,15 @@ class StoredConsolidator(_Consolidated):
         where = {"device": device, "dtype": dtype or torch.float32}
         union = _union(in_features, out_features, self.groups, shuffle)
         number = int(union.sum())
-        self.weight = nn.Parameter(torch.zeros(number, **where))
-        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, **where)) if bias else None)
+        self.weight = nn.Parameter(torch.zeros(number, **where), requires_grad=False)
+        constant = nn.Parameter(torch.zeros(out_features, **where), requires_grad=False) if bias else None
+        self.register_parameter("bias", constant)
         # The first branch that has an entry gets its sum, the others the 0 that stands behind the sums.
         free = union
         numbers = (union.flatten().cumsum(0) - 1).reshape(union.shape)
-        self.kinds = tuple(dict.fromkeys(self.groups))
-        for i, g in enumerate(self.kinds):
-            its = columns(in_features, out_features, g, shuffle)
+        self.distinct_groups = tuple(dict.fromkeys(self.groups))
+        for i, g in enumerate(self.distinct_groups):
+            its = reference.branch_columns(in_features, out_features, g, shuffle)
             source = numbers.gather(1, its).where(free.gather(1, its), number)
             free.scatter_(1, its, False)
             self.register_buffer(f"source_{i}", source.to(device), persistent=False)
@@ -240,11 +234,10 @@ class StoredConsolidator(_Consolidated):
                 "can no longer be dropped or trained one by one; train from the run's last.ckpt, attach anew, or call "
                 "eval()"
             )
-        padded = F.pad(self.weight.detach(), (0, 1))
-        weights = [padded[getattr(self, f"source_{i}")] for i in range(len(self.kinds))]
+        padded = F.pad(self.weight, (0, 1))
+        weights = [padded[getattr(self, f"source_{i}")] for i in range(len(self.distinct_groups))]
         # One bias for all branches: it goes with the first.
-        bias = None if self.bias is None else self.bias.detach()
-        biases = [] if bias is None else [bias, *[torch.zeros_like(bias)] * (len(weights) - 1)]
+        biases = [] if self.bias is None else [self.bias, *[torch.zeros_like(self.bias)] * (len(weights) - 1)]
         return consolidator(x, weights, biases, base=base, shuffle=self.shuffle)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """What does every op do around its kernels? Dtypes, seeds, checks, the way to autograd, and devices without kernels."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ def default_compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Inside it autocast is off; it knows no meta device."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def draw_seed(x: Tensor) -> Tensor:
@@ -118,10 +124,11 @@ def check_matrix(op: str, name: str, matrix: Tensor, x: Tensor, meaning: str) ->
         raise RuntimeError(f"{op}: {name} has shape {tuple(matrix.shape)}; expected {meaning}")
 
 
-def check_probabilities(op: str, probabilities: Iterable[float]) -> None:
-    for p in probabilities:
+def check_probabilities(op: str, probabilities: Mapping[str, float]) -> None:
+    """Raises a `RuntimeError` that names the first that is none."""
+    for name, p in probabilities.items():
         if not 0 <= p < 1:
-            raise RuntimeError(f"{op}: a dropout probability is {p}; it must be in [0, 1)")
+            raise RuntimeError(f"{op}: {name} is {p:g}; it must be a probability in [0, 1)")
 
 
 def fake_hidden(x: Tensor, rank: int, save: bool) -> Tensor:

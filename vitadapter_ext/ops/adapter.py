@@ -63,7 +63,7 @@ def adapter(
         seed = _common.draw_seed(x)
     if not _common.kernels_serve(x.device):
         _check(x, residual, down, down_bias, up, up_bias, scale, (dropout, dropout_out, drop_path))
-        with torch.autocast(x.device.type, enabled=False):
+        with _common.without_autocast(x.device):
             return reference.adapter(
                 x, down, up, down_bias=down_bias, up_bias=up_bias, scale=scale, residual=residual,
                 activation=activation, dropout=dropout, dropout_out=dropout_out, drop_path=drop_path, seed=seed,
@@ -113,7 +113,8 @@ def _check(x, residual, down, down_bias, up, up_bias, scale, probabilities) -> N
         "up_bias": (up_bias, (dim,)), "residual": (residual, tuple(x.shape)),
         "scale": (scale, () if scale is None else tuple(scale.shape)),
     })  # fmt: skip
-    _common.check_probabilities("adapter", probabilities)
+    names = ("dropout", "dropout_out", "drop_path")
+    _common.check_probabilities("adapter", dict(zip(names, probabilities, strict=True)))
 
 
 @torch.library.register_fake("vitadapter::adapter_forward")

@@ -47,7 +47,7 @@ def arc(
         seed = _common.draw_seed(x)
     if not _common.kernels_serve(x.device):
         _check(x, basis, rescale, bias, dropout)
-        with torch.autocast(x.device.type, enabled=False):
+        with _common.without_autocast(x.device):
             return reference.arc(x, basis, rescale, bias=bias, dropout=dropout, seed=seed, compute_dtype=compute_dtype)
     tensors = (x, basis, rescale, bias, seed)
     settings = (dropout, compute_dtype, _common.allow_tf32(x.device))
@@ -80,7 +80,7 @@ def _check(x, basis, rescale, bias, dropout) -> None:
     _common.check_tensors(
         "arc", x, {"basis": (basis, (dim, rank)), "rescale": (rescale, (rank,)), "bias": (bias, (dim,))}
     )
-    _common.check_probabilities("arc", [dropout])
+    _common.check_probabilities("arc", {"dropout": dropout})
 
 
 @torch.library.register_fake("vitadapter::arc_forward")

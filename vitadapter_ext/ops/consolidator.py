@@ -60,16 +60,22 @@ def consolidator(
         seed = _common.draw_seed(x)
     weights, biases = list(weights), list(biases)
     settings = (shuffle, float(drop_path), samples, compute_dtype)
-    if not _common.kernels_serve(x.device):
-        _check(x, weights, biases, drop_path, samples, base=base)
-        with torch.autocast(x.device.type, enabled=False):
-            return reference.consolidator(
-                x, weights, biases, base=base, shuffle=shuffle, drop_path=drop_path, samples=samples, seed=seed,
-                compute_dtype=compute_dtype,
-            )  # fmt: skip
-    if _common.needs_function((x, base, *weights, *biases)):
+    if _common.kernels_serve(x.device) and _common.needs_function((x, base, *weights, *biases)):
         return _Consolidator.apply(x, base, seed, len(weights), settings, *weights, *biases)
-    return _forward(x, base, weights, biases, seed, *settings)
+    return _added(x, base, weights, biases, seed, settings)
+
+
+def _added(x, base, weights, biases, seed, settings):
+    """base + the branches, by the kernels or, on a device without, by the reference."""
+    if _common.kernels_serve(x.device):
+        return _forward(x, base, weights, biases, seed, *settings)
+    shuffle, drop_path, samples, compute_dtype = settings
+    _check(x, weights, biases, drop_path, samples, base=base)
+    with _common.without_autocast(x.device):
+        return reference.consolidator(
+            x, weights, biases, base=base, shuffle=shuffle, drop_path=drop_path, samples=samples, seed=seed,
+            compute_dtype=compute_dtype,
+        )  # fmt: skip
 
 
 class _Consolidator(torch.autograd.Function):
@@ -132,13 +138,14 @@ def consolidated_linear(
         weight: (out, in); bias: (out,).
         weights, biases, shuffle, drop_path, samples, seed, compute_dtype: as in `consolidator`.
         in_weight: True or False, or "auto": in the weight where gradients are needed, there is no drop-path and there
-            are rows enough that it is the faster way.
+            are rows enough that it should be the faster way (`in_weight_is_faster`). The sum is made anew in each call,
+            and is kept for the backward pass where x needs a gradient: as much memory as the weight.
     Returns: (..., out) in the compute dtype.
     Raises:
         ValueError: in_weight=True with drop-path, or another in_weight.
         RuntimeError: as `consolidator`, or weight of another shape.
     """
-    if in_weight not in (True, False, "auto"):
+    if in_weight != "auto" and not isinstance(in_weight, bool):
         raise ValueError(f"consolidator: in_weight is {in_weight!r}; it must be 'auto', True or False")
     if in_weight is True and drop_path:
         raise ValueError(
@@ -151,6 +158,12 @@ def consolidated_linear(
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         shape = tuple(weight.shape)
         raise RuntimeError(f"consolidator: weight has shape {shape}; expected (out, in) with in = {x.shape[-1]}")
+    _check_weights(weights, x.shape[-1])
+    if len(weights[0]) != len(weight):
+        shapes = f"{tuple(weight.shape)} and a branch's weight {tuple(weights[0].shape)}"
+        raise RuntimeError(f"consolidator: weight has shape {shapes}; expected as many outputs")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(f"consolidator: bias has shape {tuple(bias.shape)}; expected ({len(weight)},)")
     trains = _common.needs_function((x, weight, bias, *weights, *biases))
     inside = in_weight is True
     if in_weight == "auto" and trains and not drop_path and not torch.compiler.is_exporting():
@@ -158,29 +171,26 @@ def consolidated_linear(
     if seed is None and drop_path:
         seed = _common.draw_seed(x)
     settings = (shuffle, float(drop_path), samples, compute_dtype)
-    has_kernels = _common.kernels_serve(x.device)
     if inside:
         _check(x, weights, biases, drop_path, samples)
-        if len(weights[0]) != len(weight):
-            raise RuntimeError(
-                f"consolidator: weight has shape {tuple(weight.shape)} and a branch's weight "
-                f"{tuple(weights[0].shape)}; expected as many outputs"
-            )
-    if has_kernels and trains:
+    if _common.kernels_serve(x.device) and trains:
         return _ConsolidatedLinear.apply(x, weight, bias, seed, inside, len(weights), settings, *weights, *biases)
-    with torch.autocast(x.device.type, enabled=False):
-        low = x.to(compute_dtype)
-        if inside:
-            if has_kernels:
-                whole = _weight(weight, weights, shuffle, compute_dtype)
-            else:
-                whole = reference.consolidated_weight(weight, weights, shuffle).to(compute_dtype)
-            return F.linear(low, whole, _whole_bias(bias, biases, compute_dtype))
-        base = F.linear(low, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
-        return consolidator(
-            x, weights, biases, base=base, shuffle=shuffle, drop_path=drop_path, samples=samples, seed=seed,
-            compute_dtype=compute_dtype,
-        )  # fmt: skip
+    with _common.without_autocast(x.device):
+        return _layer(x.to(compute_dtype), weight, bias, weights, biases, seed, inside, settings)[0]
+
+
+def _layer(x, weight, bias, weights, biases, seed, inside, settings):
+    """What the layer returns for x in the compute dtype, and the weight that x was multiplied with."""
+    shuffle, *_, dtype = settings
+    if inside:
+        if _common.kernels_serve(x.device):
+            multiplied = _weight(weight, weights, shuffle, dtype)
+        else:
+            multiplied = reference.consolidated_weight(weight, weights, shuffle).to(dtype)
+        return F.linear(x, multiplied, _whole_bias(bias, biases, dtype)), multiplied
+    multiplied = weight.to(dtype)
+    base = F.linear(x, multiplied, None if bias is None else bias.to(dtype))
+    return _added(x, base, weights, biases, seed, settings), multiplied
 
 
 def in_weight_is_faster(x: Tensor, weight: Tensor) -> bool:
@@ -195,14 +205,12 @@ def in_weight_is_faster(x: Tensor, weight: Tensor) -> bool:
 
 def _whole_bias(bias, biases, dtype):
     """That of the layer with the branches in it, in `dtype`."""
-    total = None if bias is None else bias.to(torch.promote_types(bias.dtype, torch.float32))
-    for each in biases:
-        total = each if total is None else total + each
-    return None if total is None else total.to(dtype)
+    terms = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in (bias, *biases) if t is not None]
+    return sum(terms[1:], terms[0]).to(dtype) if terms else None
 
 
-def _product(grad, multiplied, x):
-    return [(grad @ multiplied).to(x.dtype)]
+def _product(grad, multiplied):
+    return [grad @ multiplied]
 
 
 class _ConsolidatedLinear(torch.autograd.Function):
@@ -210,43 +218,39 @@ class _ConsolidatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, seed, inside, branches, settings, *parameters):
-        weights, biases = parameters[:branches], parameters[branches:]
-        shuffle, *_, dtype = settings
-        with torch.autocast(x.device.type, enabled=False):
-            low = x.to(dtype)
-            if inside:
-                multiplied = _weight(weight, weights, shuffle, dtype)
-                y = F.linear(low, multiplied, _whole_bias(bias, biases, dtype))
-            else:
-                multiplied = weight.to(dtype)
-                base = F.linear(low, multiplied, None if bias is None else bias.to(dtype))
-                y = _forward(x, base, weights, biases, seed, *settings)
+        low = x.to(settings[-1])  # which is what the kernels would read of it, in fewer bytes
+        with _common.without_autocast(x.device):
+            y, multiplied = _layer(
+                low, weight, bias, parameters[:branches], parameters[branches:], seed, inside, settings
+            )
         # Kept where it is needed: to make it again costs as much as the branches.
-        ctx.save_for_backward(x, multiplied if ctx.needs_input_grad[0] else None, bias, seed, *parameters)
-        ctx.inside, ctx.branches, ctx.settings, ctx.weight_dtype = inside, branches, settings, weight.dtype
+        ctx.save_for_backward(low, multiplied if ctx.needs_input_grad[0] else None, seed, *parameters)
+        ctx.inside, ctx.branches, ctx.settings = inside, branches, settings
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, multiplied, bias, seed, *parameters = ctx.saved_tensors
+        x, multiplied, seed, *parameters = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        needs_parameters = ctx.needs_input_grad[7:]
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         gx = gw = None
-        with torch.autocast(x.device.type, enabled=False):
+        with _common.without_autocast(x.device):
             if needs_x:
-                (gx,) = _common.once("consolidator", _product, grad, multiplied, x)
+                (gx,) = _common.once("consolidator", _product, grad, multiplied)
             if needs_weight:
-                gw = grad.reshape(-1, grad.shape[-1]).T @ x.to(grad.dtype).reshape(-1, x.shape[-1])
-        # In the weight, gx is whole already.
-        beside = needs_x and not ctx.inside
-        whole, total, grads = _gradients(
-            grad, x, gx if beside else None, parameters, ctx.branches, seed, ctx.settings, beside, needs_parameters,
-            needs_bias,
+                gw = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        # In the weight, gx is whole already; beside it, the branches add theirs.
+        adds_to_gx = needs_x and not ctx.inside
+        added, total, grads = _gradients(
+            grad, x, gx if adds_to_gx else None, parameters, ctx.branches, seed, ctx.settings, adds_to_gx,
+            ctx.needs_input_grad[7:], needs_bias,
         )  # fmt: skip
+        gx = added if adds_to_gx else gx
         return (
-            whole if beside else gx,
-            gw.to(ctx.weight_dtype) if needs_weight else None,
-            total.to(bias.dtype) if needs_bias else None,
+            gx.to(x_dtype) if needs_x else None,
+            gw.to(weight_dtype) if needs_weight else None,
+            total.to(bias_dtype) if needs_bias else None,
             *[None] * 4,
             *grads,
         )
@@ -267,7 +271,7 @@ def _check(x, weights, biases, drop_path, samples=None, **others) -> None:
         **{f"biases[{i}]": (bias, (out,)) for i, bias in enumerate(biases)},
         **{name: (tensor, (*x.shape[:-1], out)) for name, tensor in others.items()},
     })  # fmt: skip
-    _common.check_probabilities("consolidator", [drop_path])
+    _common.check_probabilities("consolidator", {"drop_path": drop_path})
     rows = x.numel() // width
     if samples is not None and (samples < 1 or rows % samples):
         raise RuntimeError(f"consolidator: samples is {samples}; it must divide the {rows} rows of x")
