@@ -227,7 +227,9 @@ def test_the_cells_of_the_consolidator_have_every_layer_group_and_number_of_bran
     for mix, tokens in ((mix, tokens) for mix in ("float32", "bfloat16") for tokens in (1_576, 12_608)):
         of_mix = {size[1:3] for size in cells if (size[0], size[3]) == (mix, tokens)}
         assert of_mix >= {(layer, (g,)) for layer in ("qkv", "proj", "fc1", "fc2") for g in (384, 96, 12)}
-    assert {len(groups) for _, _, groups, *_ in cells} == {1, 2, 4} and len({*cells}) == len(cells)
+    several = {(layer, len(groups)) for _, layer, groups, *_ in cells}
+    assert several == {(layer, branches) for layer in ("qkv", "proj", "fc1", "fc2") for branches in (1, 2, 4)}
+    assert len({*cells}) == len(cells)
 
 
 def test_slower_means_by_more_than_chance():
