@@ -29,8 +29,6 @@ constexpr int64_t kBlockBytes = 576 << 10, kMostBlockRows = 192;
 constexpr int64_t kChunkWork = 1 << 20, kRowWork = 8, kLeastRows = 48, kSummingRows = 384;
 // Adding chunks' sums up is worth another thread from this many numbers on.
 constexpr int64_t kFinishWork = 1 << 15;
-// All chunks' sums of weight gradients together.
-constexpr int64_t kSumsBytes = 16 << 20, kMostChunks = 64;
 
 // How the rows are cut up: `chunks` chunks of chunk_rows (the last may have less), each in blocks of block_rows.
 struct Cut {
@@ -207,12 +205,11 @@ inline void copy_rows(float* to, int64_t to_stride, const float* from, int64_t f
   for (int64_t i = 0; i < rows; ++i) memcpy(to + i * to_stride, from + i * from_stride, count * sizeof(float));
 }
 
-// Whether to write past the caches (memory.h), which wants whole cache lines.
+// Whether to write past the caches (memory.h): a panel at a time, so those are whole cache lines too.
 template <class E>
 bool should_stream(Result out, int64_t rows, int64_t dim) {
-  const int64_t row_bytes = dim * element_size(out.dtype), panel_bytes = Panels<E>::kWidth * element_size(out.dtype);
-  return row_bytes % 64 == 0 && panel_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 &&
-         rows * row_bytes > stream_bytes();
+  const int64_t size = element_size(out.dtype);
+  return Panels<E>::kWidth * size % 64 == 0 && streams(out.data, rows, dim * size);
 }
 
 }  // namespace

@@ -1,16 +1,14 @@
 // The backward pass of the consolidator op on vectors of floats; see consolidator_blocks.h.
 //
-// Weight gradients: rows are cut into chunks whose bounds depend on the shape only; each chunk has its own sums, and
-// the chunks are added in order. So the bits do not depend on the number of threads.
+// Weight gradients: rows are cut into chunks whose bounds depend on the shape, on which gradients are asked for and on
+// whether there is drop-path; each chunk has its own sums, and the chunks are added in order. So the bits do not depend
+// on the number of threads.
 #pragma once
 
 #include "consolidator_blocks.h"
 
 namespace vitadapter::cpu {
 namespace {
-
-// All chunks' sums together.
-constexpr int64_t kSumsBytes = 16 << 20, kMostChunks = 64;
 
 // Where the sums of a chunk stand, in floats; those of a vector each are written whole. Without drop-path every bias
 // has Σ g for its gradient.
@@ -36,18 +34,21 @@ struct SumsLayout {
   }
 };
 
-// How the rows are cut up.
+// How the rows are cut up: into a power of two of chunks, each of as many blocks as any other or of one more, so that
+// they divide evenly among threads.
 template <class E>
 struct Chunks {
-  int64_t count = 1, rows;
+  int64_t rows, count = 1;
 
-  Chunks(const ConsolidatorBackward& p, int64_t sums) {
+  Chunks(const ConsolidatorBackward& p, int64_t sums) : rows(p.rows) {
     const int64_t bytes = most(sums, 1) * int64_t(sizeof(float));
-    while (2 * count <= kMostChunks && p.rows >= 4 * count * kBlockRows<E> && 2 * count * bytes <= kSumsBytes) {
+    while (2 * count <= kMostChunks && rows >= 4 * count * kBlockRows<E> && 2 * count * bytes <= kSumsBytes) {
       count *= 2;
     }
-    rows = multiple_of(kBlockRows<E>, quotient_up(p.rows, count));
-    count = quotient_up(p.rows, rows);
+  }
+  // A chunk's first row.
+  int64_t begin(int64_t chunk) const {
+    return least(rows, quotient_up(rows, kBlockRows<E>) * chunk / count * kBlockRows<E>);
   }
 };
 
@@ -231,15 +232,16 @@ void consolidator_backward(const ConsolidatorBackward& p, ParallelFor parallel_f
   const auto call = laid_out<BackwardCall<E>>(Slot::kCall, p, layout, chunks.count);
   call.branches.read(p, p.compute, kBlockRows<E>);
   call.fill_tables(p, layout);
-  const bool stream = p.x_grad.data && streams(p.x_grad, p.rows, p.in);
-  if (p.x_grad.data) expect_writes(p.x_grad.data, p.rows * p.in * element_size(p.x_grad.dtype));
+  const int64_t row_bytes = p.in * element_size(p.x_grad.dtype);
+  const bool stream = p.x_grad.data && streams(p.x_grad.data, p.rows, row_bytes);
+  if (p.x_grad.data) expect_writes(p.x_grad.data, p.rows * row_bytes);
   for_ranges(parallel_for, chunks.count, 1, [&](int64_t begin, int64_t end) {
     const auto room = laid_out<BackwardRoom<E>>(Slot::kThread, p);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float* const sums = call.sums + chunk * layout.size;
       memset(sums, 0, layout.size * sizeof *sums);
-      const int64_t stop = least((chunk + 1) * chunks.rows, p.rows);
-      for (int64_t row = chunk * chunks.rows; row < stop; row += kBlockRows<E>) {
+      const int64_t stop = chunks.begin(chunk + 1);
+      for (int64_t row = chunks.begin(chunk); row < stop; row += kBlockRows<E>) {
         backward_block<E>(p, layout, call, row, least(kBlockRows<E>, stop - row), room, stream, sums);
       }
     }

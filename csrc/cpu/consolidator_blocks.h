@@ -98,23 +98,16 @@ void turn_out(const float* columns, int64_t count, int64_t rows, int64_t width, 
   }
 }
 
-// Whether to write past the caches (memory.h), which wants whole cache lines.
-inline bool streams(Result out, int64_t rows, int64_t width) {
-  const int64_t row_bytes = width * element_size(out.dtype);
-  return row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 && rows * row_bytes > stream_bytes();
-}
-
 // The branches as they are worked with: weights as operands, and where the column of a place begins in a turned block.
 template <class E>
 struct Branches {
-  float *weight[kMaxBranches], *bias[kMaxBranches];
+  float* weight[kMaxBranches];
   int32_t* column[kMaxBranches];
 
   template <typename Problem>
   Branches(Pieces& pieces, const Problem& p) {
     for (int i = 0; i < p.branches; ++i) {
       weight[i] = pieces.take<float>(p.out * p.branch[i].group_in);
-      bias[i] = pieces.take<float>(p.out);
       column[i] = pieces.take<int32_t>(p.in);
     }
   }
@@ -128,8 +121,6 @@ struct Branches {
       if (compute != DType::kFloat32 && compute != b.weight.dtype) {
         for (int64_t k = 0; k < weights; ++k) weight[i][k] = rounded(weight[i][k], compute);
       }
-      if (b.bias.data) read_floats<E>(b.bias, p.out, bias[i]);
-      for (int64_t k = 0; !b.bias.data && k < p.out; ++k) bias[i][k] = 0;
       // b.source() divides; this walks.
       int64_t source = 0, wrap = 0;
       for (int64_t place = 0; place < p.in; ++place) {

@@ -2,8 +2,8 @@
 //
 // Idea: a row is read once as it lies, and each output gathers its group's places through a table. Everything between
 // is float64, which the gathering hides. Weight gradients: the rows are cut into chunks whose bounds depend on the
-// shape only; each chunk has its own sums, and the chunks are added in order. So the bits do not depend on the number
-// of threads.
+// shape and on which gradients are asked for; each chunk has its own sums, and the chunks are added in order. So the
+// bits do not depend on the number of threads.
 #include <algorithm>
 #include <vector>
 
@@ -16,9 +16,7 @@ namespace {
 using Doubles = std::vector<double>;
 
 // A chunk has sums of its own, so it must have rows enough to pay for adding them up.
-constexpr int64_t kChunkRows = 64, kMostChunks = 64;
-// All chunks' sums together; a single chunk's may be more.
-constexpr int64_t kSumsBytes = 16 << 20;
+constexpr int64_t kChunkRows = 64;
 
 // A branch as it is worked with: its weights as operands, and where its places read x.
 struct Branch {
@@ -110,13 +108,21 @@ struct Sums {
 
 void add_chunk(const ConsolidatorBackward& p, const std::vector<Branch>& branches, int64_t begin, int64_t end,
                Sums& sums) {
+  const bool needs_x = std::any_of(p.weight_grad, p.weight_grad + p.branches, [](Result each) { return each.data; });
+  const bool needs_gx = p.x_grad.data;
   Doubles x(p.in), g(p.out), gx(p.in);
   for (int64_t row = begin; row < end; ++row) {
-    read(p.x, row * p.in, p.in, x.data());
+    if (needs_x) {
+      read(p.x, row * p.in, p.in, x.data());
+      round_all(x, p.compute);
+    }
     read(p.grad, row * p.out, p.out, g.data());
-    round_all(x, p.compute);
     round_all(g, p.compute);
-    p.x_grad_base.data ? read(p.x_grad_base, row * p.in, p.in, gx.data()) : std::fill(gx.begin(), gx.end(), 0.0);
+    if (needs_gx && p.x_grad_base.data) {
+      read(p.x_grad_base, row * p.in, p.in, gx.data());
+    } else if (needs_gx) {
+      std::fill(gx.begin(), gx.end(), 0.0);
+    }
     for (int64_t o = 0; o < int64_t(sums.grad.size()); ++o) sums.grad[o] += g[o];
     for (int i = 0; i < p.branches; ++i) {
       const Branch& b = branches[i];
@@ -126,12 +132,12 @@ void add_chunk(const ConsolidatorBackward& p, const std::vector<Branch>& branche
         const double* const weight = b.weight.data() + o * b.group_in;
         const double kept = keep * g[o];
         if (!sums.bias[i].empty()) sums.bias[i][o] += kept;
-        for (int64_t s = 0; s < b.group_in; ++s) gx[sources[s]] += kept * weight[s];
+        for (int64_t s = 0; needs_gx && s < b.group_in; ++s) gx[sources[s]] += kept * weight[s];
         if (sums.weight[i].empty()) continue;
         for (int64_t s = 0; s < b.group_in; ++s) sums.weight[i][o * b.group_in + s] += kept * x[sources[s]];
       }
     }
-    if (p.x_grad.data) write(p.x_grad, row * p.in, p.in, gx.data());
+    if (needs_gx) write(p.x_grad, row * p.in, p.in, gx.data());
   }
 }
 

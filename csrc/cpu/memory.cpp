@@ -49,6 +49,12 @@ int64_t stream_bytes() {
   return bytes;
 }
 
+bool streams(const void* data, int64_t rows, int64_t row_bytes) {
+  constexpr int64_t kCacheLine = 64;
+  return row_bytes % kCacheLine == 0 && reinterpret_cast<uintptr_t>(data) % kCacheLine == 0 &&
+         rows * row_bytes > stream_bytes();
+}
+
 void expect_writes(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr int64_t kHugePage = 2 << 20, kWorthwhile = 4 * kHugePage;

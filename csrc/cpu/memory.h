@@ -45,6 +45,8 @@ T laid_out(Slot slot, const Arguments&... arguments) {
 // An output larger than this is better written past the caches: it is new memory, which an ordinary store would first
 // read, and by the time that it is used other tensors have taken its place.
 int64_t stream_bytes();
+// Whether to write so many rows that way, which wants whole cache lines.
+bool streams(const void* data, int64_t rows, int64_t row_bytes);
 
 // Asks for huge pages under a large output that nobody has written yet, which makes its first writes cheaper.
 void expect_writes(void* data, int64_t bytes);

@@ -8,6 +8,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -90,9 +92,69 @@ void check_problems(int cases, int64_t seed) {
   std::printf(" %d failures\n", failures);
 }
 
+// An output of so many elements that begins at this byte of a cache line, and ends where its block of the heap ends.
+class PlacedOutput {
+ public:
+  PlacedOutput(DType dtype, int64_t count, int64_t past)
+      : block_(static_cast<char*>(::operator new[](size_t(past + count * element_size(dtype)), kLine))),
+        result_{block_.get() + past, dtype},
+        bytes_(size_t(count * element_size(dtype))) {
+    memset(result_.data, 0xff, bytes_);
+  }
+  Result result() const { return result_; }
+  bool same_bits(const PlacedOutput& other) const { return !memcmp(result_.data, other.result_.data, bytes_); }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(char* block) const { ::operator delete[](block, kLine); }
+  };
+  std::unique_ptr<char, Free> block_;
+  Result result_;
+  size_t bytes_;
+};
+
+// Large outputs are written past the caches, if they begin with a cache line. That changes no bit.
+void check_streams() {
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    begin_case(2, int(dtype));
+    ConsolidatorOptions o;
+    o.in = 320;
+    o.out = 352;
+    o.groups = {32, 16};
+    o.rows = cpu::stream_bytes() / (o.in * element_size(dtype)) + 5;
+    o.x = o.compute = dtype;
+    const auto c = make_consolidator_case(o);
+    const auto run = [&](cpu::Level level, const PlacedOutput& y, const PlacedOutput& x_grad) {
+      ConsolidatorForward forward = c->forward;
+      forward.y = y.result();
+      cpu::consolidator_forward(level, forward, thread_pool<3>);
+      ConsolidatorBackward backward = c->backward;
+      backward.x_grad = x_grad.result();
+      cpu::consolidator_backward(level, backward, thread_pool<3>);
+    };
+    for (cpu::Level level : cpu::supported_levels()) {
+      const PlacedOutput y(dtype, o.rows * o.out, 0), x_grad(dtype, o.rows * o.in, 0);
+      const PlacedOutput plain_y(dtype, o.rows * o.out, 16), plain_x_grad(dtype, o.rows * o.in, 16);
+      run(level, y, x_grad);
+      run(level, plain_y, plain_x_grad);
+      const auto streams = [&](const PlacedOutput& output, int64_t width) {
+        return cpu::streams(output.result().data, o.rows, width * element_size(dtype));
+      };
+      if (streams(y, o.out) && streams(x_grad, o.in) && !streams(plain_y, o.out) && !streams(plain_x_grad, o.in) &&
+          y.same_bits(plain_y) && x_grad.same_bits(plain_x_grad)) {
+        continue;
+      }
+      std::printf("%s: outputs that are written past the caches differ from others\n", cpu::name(level));
+      ++failures;
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  check_streams();
   check_problems(argc > 1 ? std::atoi(argv[1]) : 300, argc > 2 ? std::atoll(argv[2]) : 1);
   return failures ? 1 : 0;
 }
