@@ -66,6 +66,12 @@ inline void check(const ConsolidatorArguments& a, const std::vector<NamedTensor>
   if (a.drop_path > 0) check_seed("consolidator", a.seed, a.x);
 }
 
+template <typename Sizes>
+void check_sizes(NamedTensor named, const Sizes& expected) {
+  VA_CHECK(has_shape(named.tensor, expected), "consolidator: ", named.name, " has shape ", shape_text(named.tensor),
+           "; expected ", shape_text(expected));
+}
+
 inline ConsolidatorBranch describe_branch(const Tensor& weight, int64_t in) {
   ConsolidatorBranch branch;
   branch.weight = operand(weight);
@@ -108,10 +114,7 @@ Tensor consolidator_forward(Tensor x, OptionalTensor base, TensorList weights, T
   if (base) others.push_back({"base", *base});
   check(a, others);
   const std::vector<int64_t> sizes = a.out_sizes();
-  if (base) {
-    VA_CHECK(has_shape(*base, sizes), "consolidator: base has shape ", shape_text(*base), "; expected ",
-             shape_text(sizes));
-  }
+  if (base) check_sizes({"base", *base}, sizes);
   a = packed(a);
   const OptionalTensor onto = packed(base);
   Tensor y = empty(a.x, sizes, base ? base->scalar_type() : x.scalar_type());
@@ -124,8 +127,8 @@ Tensor consolidator_forward(Tensor x, OptionalTensor base, TensorList weights, T
   return y;
 }
 
-// What `needs` asks for, lowest bit first: x's gradient, the weights', the biases', and the sum of grad (float32).
-// Returned in a list: x's, the sum, each weight's, each bias'; empty where not asked for.
+// What `needs` asks for, lowest bit first: x's gradient, the weights', the biases', and the sum of grad (float32, or
+// float64 where x is that). Returned in a list: x's, the sum, each weight's, each bias'; empty where not asked for.
 template <typename Backend>
 TensorList consolidator_backward(Tensor grad, Tensor x, OptionalTensor x_grad_base, TensorList weights,
                                  TensorList biases, OptionalTensor seed, bool shuffle, double drop_path,
@@ -134,10 +137,8 @@ TensorList consolidator_backward(Tensor grad, Tensor x, OptionalTensor x_grad_ba
   std::vector<NamedTensor> others{{"grad", grad}};
   if (x_grad_base) others.push_back({"x_grad_base", *x_grad_base});
   check(a, others);
-  VA_CHECK(has_shape(grad, a.out_sizes()), "consolidator: grad has shape ", shape_text(grad), "; expected ",
-           shape_text(a.out_sizes()));
-  VA_CHECK(!x_grad_base || has_shape(*x_grad_base, x.sizes()), "consolidator: x_grad_base has shape ",
-           x_grad_base ? shape_text(*x_grad_base) : "", "; expected ", shape_text(x));
+  check_sizes({"grad", grad}, a.out_sizes());
+  if (x_grad_base) check_sizes({"x_grad_base", *x_grad_base}, x.sizes());
   a = packed(a);
   const Tensor g = packed(grad);
   const OptionalTensor onto = packed(x_grad_base);
