@@ -15,8 +15,9 @@ CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' 
 train: $(VENV)/package
 	$(BIN)/python -m vitadapter_ext.train $(ARGS)
 
+# One process for each core; ARGS="-n 0" for one alone.
 test: lint cpp-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check

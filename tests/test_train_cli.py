@@ -360,7 +360,14 @@ def test_a_folder_of_jpegs_and_the_saved_file_in_a_new_process(pictures, tmp_pat
 def test_ctrl_c_saves_what_is_trained_so_far(pictures, tmp_path):
     out = tmp_path / "run"
     argv = [*TRAIN, "--model", "test_vit", "--data", pictures, "--epochs", "9999", "--out", out]
-    process = subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        list(map(str, argv)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background may ignore it, which a process inherits.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     until = time.monotonic() + 60
     while not (out / "last.ckpt").exists() and time.monotonic() < until:
         time.sleep(0.05)

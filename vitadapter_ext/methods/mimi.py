@@ -26,7 +26,7 @@ SCORES = ("paper", "paper-normalised", "random")
 def select(down: Sequence[Tensor], up: Sequence[Tensor], keep: int, normalise: bool = False) -> list[Tensor]:
     """Which neurons survive where the `keep` most important ones of all adapters together do.
 
-    The importance of neuron j of adapter i (MiMi, section 3, as in the authors' code) is
+    The importance of neuron j of adapter i (MiMi, as in the authors' code) is
     I_ij = (Σ_k |down_i[j, k]| + Σ_k |up_i[k, j]|) / (d_in + d_out). Of equal ones the earlier adapter's, then the lower
     neuron survives.
 
