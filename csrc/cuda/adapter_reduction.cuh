@@ -120,7 +120,7 @@ AdapterReductionPlan plan_adapter_reduction(const AdapterOrArcBackward& p, int a
     plan.slices = slices.count;
     plan.slice_rows = slices.rows;
     using Kernel = ReductionKernel<Math, false, ranks, AdapterReductionOperands<Math>>;
-    plan.served = plan.slices && resident_reduction_blocks<Kernel>();
+    plan.served = plan.slices && resident_blocks<Kernel>(Kernel::kMaxThreads, Kernel::kSharedBytes);
   });
   const auto place = [&](int64_t bytes) {
     const int64_t begin = plan.bytes;

@@ -525,26 +525,12 @@ ReductionSlices cut_into_slices(int64_t rows, int64_t tiles, int64_t bytes, int6
   return {int((rows + slice_rows - 1) / slice_rows), slice_rows};
 }
 
-// Blocks that a multiprocessor runs at a time, 0 if it cannot; the driver is asked once, as that takes longer than to
-// launch.
-template <typename Kernel>
-int resident_reduction_blocks() {
-  struct Answer {
-    int device = -1, blocks = 0;
-  };
-  thread_local Answer answer;
-  const int index = device().index;
-  if (answer.device != index) {
-    answer = {index, resident_blocks<Kernel>(Kernel::kMaxThreads, Kernel::kSharedBytes)};
-  }
-  return answer.blocks;
-}
-
 template <typename Kernel>
 void launch_reduction(Stream stream, const Kernel& kernel) {
   const int64_t items = int64_t(kernel.products[0].tiles + kernel.products[1].tiles) * kernel.slices;
-  const int64_t resident = int64_t(resident_reduction_blocks<Kernel>()) * device().multiprocessors;
-  launch(stream, std::min(items, resident), Kernel::kMaxThreads, Kernel::kSharedBytes, kernel);
+  const int64_t resident = resident_blocks<Kernel>(Kernel::kMaxThreads, Kernel::kSharedBytes);
+  launch(stream, std::min(items, resident * device().multiprocessors), Kernel::kMaxThreads, Kernel::kSharedBytes,
+         kernel);
 }
 
 }  // namespace vitadapter::cuda

@@ -17,6 +17,9 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
+
+#include <array>
+#include <map>
 #define VA_DEVICE __device__ __forceinline__
 // A variable that the threads of a block share.
 #define VA_SHARED(type, name) __shared__ type name
@@ -230,9 +233,14 @@ inline Device device() {
 }
 
 // Blocks of this kernel that one multiprocessor runs at a time; 0 if the device cannot run it. To be asked on each
-// device before a launch with more than 48 KB of shared memory, which it allows.
+// device before a launch with more than 48 KB of shared memory, which it allows. A thread remembers the answers, for to
+// ask the driver takes longer than to launch.
 template <typename Body>
 int resident_blocks(int threads, int64_t shared_bytes) {
+  using Question = std::array<int64_t, 3>;
+  thread_local std::map<Question, int> answers;
+  const Question question{device().index, threads, shared_bytes};
+  if (const auto found = answers.find(question); found != answers.end()) return found->second;
   cudaFuncAttributes attributes{};
   int blocks = 0;
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel<Body>);
@@ -247,8 +255,10 @@ int resident_blocks(int threads, int64_t shared_bytes) {
   if (!error) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel<Body>, threads, size_t(shared_bytes));
   }
-  // An error stays what it is for the caller's cudaGetLastError().
-  return error ? 0 : blocks;
+  // An error stays what it is for the caller's cudaGetLastError(), and the next call asks again.
+  if (error) return 0;
+  if (answers.size() >= 1000) answers.clear();
+  return answers[question] = blocks;
 }
 
 // Errors are left for cudaGetLastError().
