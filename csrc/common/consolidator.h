@@ -80,19 +80,6 @@ struct ConsolidatorWeight {
   ConsolidatorBranch branch[kMaxBranches];  // without biases
   bool shuffle = true;
   Result result;  // (out, in)
-
-  template <typename T>
-  VA_HOST_DEVICE T at(int64_t output, int64_t source) const {
-    T sum = load<T>(weight, output * in + source);
-    for (int i = 0; i < branches; ++i) {
-      const ConsolidatorBranch& b = branch[i];
-      const int64_t place = b.place(source, shuffle);
-      if (place / b.group_in == output / b.group_out) {
-        sum += load<T>(b.weight, output * b.group_in + place % b.group_in);
-      }
-    }
-    return sum;
-  }
 };
 
 }  // namespace vitadapter

@@ -2,35 +2,12 @@
 // memory, no barrier, no tensor core, every dtype. It is slow, and it stays: the fast kernels are tested against it.
 //
 // Traffic: every thread reads its own operands, so a row of x is read `rank` times and a row of y needs `rank` reads an
-// element, mostly out of the cache. Sums go in runs of 64 terms, and the runs are added in float64: so float32 stays as
-// good as the library's products over a hundred thousand rows. The order depends on the shape only.
+// element, mostly out of the cache.
 #include "adapter.h"
+#include "simple_terms.cuh"
 
 namespace vitadapter::cuda {
 namespace {
-
-constexpr int64_t kRun = 64;
-
-// The sum of term(i) for i in [0, count), in runs.
-template <typename T, typename Term>
-VA_HOST_DEVICE T sum_in_runs(int64_t count, const Term& term) {
-  double total = 0;
-  VA_ROLL
-  for (int64_t begin = 0; begin < count; begin += kRun) {
-    const int64_t end = begin + kRun < count ? begin + kRun : count;
-    T run = 0;
-    VA_ROLL
-    for (int64_t i = begin; i < end; ++i) run += term(i);
-    total += run;
-  }
-  return T(total);
-}
-
-// An operand of a product, in the compute dtype.
-template <typename T>
-VA_HOST_DEVICE T load_operand(const AdapterProblem& p, Operand operand, int64_t index) {
-  return rounded(load<T>(operand, index), p.compute);
-}
 
 // z: the activated hidden layer after dropout.
 template <typename T>

@@ -1,36 +1,14 @@
 // The consolidator op in CUDA, as simply as it can be said: one thread an output element, one sum a thread, no shared
-// memory, no barrier, every dtype. It is slow, and it stays: the fast kernels are tested against it.
+// memory, no barrier, every dtype. It is slow, and it stays: it serves what the fast kernels do not, and the tests hold
+// both against the same float64 loops.
 //
-// Traffic: every thread reads its own operands. A gradient that sums rows is found by one thread, in runs of 64 rows
-// that are added in float64, so float32 stays good over a hundred thousand rows. The order depends on the shape only.
+// Traffic: every thread reads its own operands, and a gradient that sums rows is found by one thread.
 #include "consolidator.h"
 #include "for_each.cuh"
+#include "simple_terms.cuh"
 
 namespace vitadapter::cuda {
 namespace {
-
-constexpr int64_t kRun = 64;
-
-// The sum of term(row) over all rows, in runs.
-template <typename T, typename Term>
-VA_HOST_DEVICE T sum_of_rows(int64_t rows, const Term& term) {
-  double total = 0;
-  VA_ROLL
-  for (int64_t begin = 0; begin < rows; begin += kRun) {
-    const int64_t end = begin + kRun < rows ? begin + kRun : rows;
-    T run = 0;
-    VA_ROLL
-    for (int64_t row = begin; row < end; ++row) run += term(row);
-    total += run;
-  }
-  return T(total);
-}
-
-// An operand of a product, in the compute dtype.
-template <typename T>
-VA_HOST_DEVICE T load_operand(const ConsolidatorProblem& p, Operand operand, int64_t index) {
-  return rounded(load<T>(operand, index), p.compute);
-}
 
 template <typename T>
 struct ConsolidatorOutput {
@@ -84,7 +62,7 @@ struct ConsolidatorWeightGrad {
     const ConsolidatorBranch& b = p.branch[number];
     const int64_t output = index / b.group_in;
     const int64_t source = b.source(output / b.group_out * b.group_in + index % b.group_in, p.shuffle);
-    store(p.weight_grad[number], index, sum_of_rows<T>(p.rows, [&](int64_t row) {
+    store(p.weight_grad[number], index, sum_in_runs<T>(p.rows, [&](int64_t row) {
             return p.template keep<T>(row, number) * load_operand<T>(p, p.grad, row * p.out + output) *
                    load_operand<T>(p, p.x, row * p.in + source);
           }));
@@ -98,17 +76,9 @@ struct ConsolidatorGradSum {
   Result result;
   int number;  // of the branch, or -1
   VA_HOST_DEVICE void operator()(int64_t output) const {
-    store(result, output, sum_of_rows<T>(p.rows, [&](int64_t row) {
+    store(result, output, sum_in_runs<T>(p.rows, [&](int64_t row) {
             return (number < 0 ? T(1) : p.template keep<T>(row, number)) * load<T>(p.grad, row * p.out + output);
           }));
-  }
-};
-
-template <typename T>
-struct ConsolidatorWeightSum {
-  ConsolidatorWeight p;
-  VA_HOST_DEVICE void operator()(int64_t index) const {
-    store(p.result, index, p.template at<T>(index / p.in, index % p.in));
   }
 };
 
@@ -129,15 +99,9 @@ void consolidator_backward_simple(const ConsolidatorBackward& p, Stream stream) 
   }
 }
 
-template <typename T>
-void consolidator_weight(const ConsolidatorWeight& p, Stream stream) {
-  for_each(stream, p.out * p.in, ConsolidatorWeightSum<T>{p});
-}
-
-#define VA_INSTANTIATE(T)                                                             \
-  template void consolidator_forward_simple<T>(const ConsolidatorForward&, Stream);   \
-  template void consolidator_backward_simple<T>(const ConsolidatorBackward&, Stream); \
-  template void consolidator_weight<T>(const ConsolidatorWeight&, Stream)
+#define VA_INSTANTIATE(T)                                                           \
+  template void consolidator_forward_simple<T>(const ConsolidatorForward&, Stream); \
+  template void consolidator_backward_simple<T>(const ConsolidatorBackward&, Stream)
 VA_INSTANTIATE(float);
 VA_INSTANTIATE(double);
 #undef VA_INSTANTIATE
