@@ -4,13 +4,13 @@
 //   1. g and x come into shared memory, and the sums of g's columns are taken on the way;
 //   2. a thread adds g · x to a few neighbouring entries of the weights' gradients, in float32, in shared memory, where
 //      each entry has one owner for all of the slice;
-//   3. a thread finds x's gradient at a few neighbouring places of a group, through all branches, and puts it where the
-//      shuffle says, in the place that x had;
+//   3. a thread finds x's gradient at a few neighbouring places of a group, through all branches of as many groups, and
+//      puts it where the shuffle says, in the place that x had;
 //   4. from there it is written in the order of its columns.
 //
-// Each block leaves its sums behind, and the second kernel adds them in the order of the slices. How many there are
-// hangs on the shape alone: the same bits on every device, without atomics. Where sums have no room in shared memory,
-// as with few groups, the outputs are cut into parts, a block each, and x's gradient has a launch of its own.
+// Each block leaves its sums behind, and the second kernel adds them in an order that is always the same. How many
+// there are hangs on the shape alone: the same bits on every device, without atomics. Where sums have no room in shared
+// memory, as with few groups, the outputs are cut into parts, a block each, and x's gradient has a launch of its own.
 #include "consolidator_tile.cuh"
 #include "slices.cuh"
 
@@ -86,6 +86,14 @@ struct ConsolidatorBackwardKernel {
     int64_t floats = sums.rows * row_floats();
     for (int i = 0; i < p.branches; ++i) floats += weight_floats(i);
     return floats;
+  }
+  // Blocks of the branch that has most of them; their numbers are divided (Divisor).
+  int64_t most_blocks() const {
+    int64_t most = 0;
+    for (int i = 0; i < p.branches; ++i) {
+      if (sums.weight[i] >= 0) most = std::max(most, part_outputs / kSide * (p.branch[i].group_in / kSide));
+    }
+    return most;
   }
   int64_t shared_bytes() const {
     return x_bytes() + tile_bytes(part_outputs) + (2 * keep_floats() + sum_floats()) * int64_t(sizeof(float));
@@ -356,9 +364,11 @@ bool run_backward(const ConsolidatorBackward& p, float* workspace, Stream stream
   int64_t items = std::max(p.in, p.out) / kSide;
   for (int i = 0; i < p.branches; ++i) items = std::max(items, p.out * p.branch[i].group_in / (kSide * kSide));
   const int threads = threads_for(items);
+  const auto has_room = [](const Kernel& kernel) {
+    return kernel.shared_bytes() <= device().shared_bytes && kernel.most_blocks() <= kMostColumns;
+  };
   const auto fits = [&](const Kernel& kernel) {
-    const int64_t bytes = kernel.shared_bytes();
-    return bytes <= device().shared_bytes && resident_blocks<Kernel>(threads, bytes) > 0;
+    return has_room(kernel) && resident_blocks<Kernel>(threads, kernel.shared_bytes()) > 0;
   };
   const auto launch_main = [&](Kernel kernel) {
     for (int i = 0; i < p.branches; ++i) kernel.grouping[i] = Grouping(p.branch[i], kSide);
@@ -391,7 +401,7 @@ bool run_backward(const ConsolidatorBackward& p, float* workspace, Stream stream
   // In eights, so that each part begins where vectors do.
   do {
     part.part_outputs = int(((p.out + part.parts - 1) / part.parts + 7) / 8 * 8);
-  } while (part.shared_bytes() > device().shared_bytes && part.parts++ < p.out);
+  } while (!has_room(part) && part.parts++ < p.out);
   part.parts = int((p.out + part.part_outputs - 1) / part.part_outputs);
   if ((p.x_grad.data && !fits(input)) || !fits(part)) return false;
   if (launches) {

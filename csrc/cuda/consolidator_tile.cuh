@@ -16,8 +16,9 @@ constexpr int kFour = 4;
 // Rows that are longer are left to the simple kernels; Divisor counts on it.
 constexpr int64_t kMostColumns = 65'535;
 
-// n / by without a division, of numbers up to kMostColumns: the multiplier is 2^32 / by and a little more, too little
-// to reach the next whole number.
+// n / by without a division, of numbers up to kMostColumns: columns, and the numbers of a branch's blocks, of which
+// each has sums in shared memory. The multiplier is 2^32 / by and a little more, too little to reach the next whole
+// number.
 struct Divisor {
   uint32_t multiplier = 0;  // 0 where by is 1
 

@@ -17,7 +17,7 @@ inline const std::vector<int64_t> kConsolidatorRows{1, 3, 4, 9, 17, 40};
 struct ConsolidatorSizes {
   int64_t in, out, groups, other_groups;
 };
-// Blocks of 5 × 7, 1 × 1, 8 × 8, 2 × 2, 2 × 6, 2 × 8, 8 × 2, 1 × 2, 2 × 1, 25 × 13, 16 × 32, 1 × 3 and 5 × 3.
+// Blocks of 5 × 7, 1 × 1, 8 × 8, 2 × 2, 2 × 6, 2 × 8, 8 × 2, 1 × 2, 2 × 1, 25 × 13, 16 × 32, 1 × 3, 5 × 3 and 32 × 32.
 inline const std::vector<ConsolidatorSizes> kConsolidatorSizes{
     {30, 42, 6, 3},    {1, 1, 1, 1},     {8, 8, 1, 2},     {96, 96, 48, 12},  {96, 288, 48, 24},
     {96, 384, 48, 12}, {384, 96, 48, 6}, {48, 96, 48, 24}, {96, 48, 48, 16},  {200, 104, 8, 4},

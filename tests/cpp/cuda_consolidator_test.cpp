@@ -88,6 +88,21 @@ void check_layers() {
   }
 }
 
+// As many branches as there may be, for which the trials' smallest device has no room at every size; and 75 slices, so
+// many that each thread of the second kernel takes more of them than it loads together.
+void check_most() {
+  int number = 0;
+  for (const Numbers& numbers : {kConsolidatorNumbers[0], kConsolidatorNumbers[4]}) {
+    ConsolidatorTrial branches, slices;
+    branches.options = full_consolidator_options(9, 48, 144, std::vector<int64_t>(kMaxBranches, 24), numbers);
+    branches.options.drop_path = 0.5;
+    slices.options = full_consolidator_options(600, 16, 48, {8, 2}, numbers);
+    slices.options.drop_path = number ? 0.5 : 0;
+    run_trial(11, number++, branches, 3);
+    run_trial(11, number++, slices, 3);
+  }
+}
+
 // A NaN in x or dy stays in its row and group, and marks all that sums it.
 void check_nan() {
   constexpr int64_t kIn = 24, kOut = 36, kGroups = 6, kRow = 6, kSource = 7, kOutput = 20;
@@ -163,6 +178,7 @@ int check_consolidator_limits() {
   check_number_of_launches();
   check_workspace();
   check_layers();
+  check_most();
   check_nan();
   check_simple();
   std::printf("consolidator kernels: limits, %d failures\n", failures - before);
