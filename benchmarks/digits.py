@@ -19,10 +19,14 @@ RESULTS = Path(__file__).parent / "results"
 METHODS = {
     "linear-probe": "linear probe",
     "bitfit": "BitFit",
+    "mimi": "MiMi, 384 to 48 neurons",
     "arc": "ARC, rank 16",
     "adapter": "adapter, rank 8",
+    "consolidator": "Consolidator, 64 groups",
     "full": "full fine-tuning",
 }
+
+OURS = ("mimi", "arc", "adapter", "consolidator")
 
 
 def measure(seeds: range) -> dict:
@@ -53,11 +57,11 @@ def measure(seeds: range) -> dict:
 
 def draw(result: dict, path: Path) -> None:
     """A row a method, as a PNG: on the left test accuracy, mean and all seeds, on the right trained parameters."""
-    figure = Figure(figsize=(7.6, 3.0), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.6, 3.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     accuracy, parameters = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for place, row in enumerate(result["rows"]):
-        colour = "#c1440e" if row["method"] in ("adapter", "arc") else "#4a5a6a"
+        colour = "#c1440e" if row["method"] in OURS else "#4a5a6a"
         seeds = [100 * share for share in row["test_accuracy"]]
         mean, count = statistics.mean(seeds), row["trained_parameters"]
         accuracy.plot([min(seeds), max(seeds)], [place, place], color=colour, linewidth=2, alpha=0.4)
