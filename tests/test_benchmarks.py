@@ -243,7 +243,8 @@ def test_slower_means_by_more_than_chance():
 
 
 @each_suite
-def test_pytest_benchmark_runs_a_part_and_its_file_has_the_row(suite):
+def test_pytest_benchmark_runs_a_part_and_its_file_has_the_row(suite, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark would switch itself off
     part = program.PARTS["host"]._replace(rounds=3, seconds=0.02)
     (row,), well = program._rows(suite.__file__, part, "", quick=False)
     assert well and row["state"] == "no-fault" and row["rounds"] >= 3
