@@ -99,7 +99,7 @@ def main() -> None:
     for row in result["rows"]:
         accuracies = " ".join(f"{100 * accuracy:.1f}" for accuracy in row["test_accuracy"])
         mean = 100 * statistics.mean(row["test_accuracy"])
-        print(f"{row['label']:<18} {mean:6.2f} %  ({accuracies})  {row['trained_parameters']:>9,} trained parameters")
+        print(f"{row['label']:<24} {mean:6.2f} %  ({accuracies})  {row['trained_parameters']:>9,} trained parameters")
 
 
 if __name__ == "__main__":
