@@ -59,7 +59,7 @@ bench: $(VENV)/tools
 figure: $(VENV)/package
 	$(BIN)/python -m benchmarks.digits
 
-# MiMi beside random pruning and adapters of its final size from scratch, five seeds each: half an hour.
+# MiMi beside random pruning and adapters of its final size from scratch, five seeds each: 20 minutes on two cores.
 pruning: $(VENV)/package
 	$(BIN)/python -m benchmarks.mimi $(ARGS)
 

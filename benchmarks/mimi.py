@@ -84,9 +84,7 @@ def _mean(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 100), metavar="N", help="how many seeds [5]")
-    parser.add_argument(
-        "--epochs", type=int, nargs="+", default=[30, 60], metavar="N", help="of each whole training [30 60]"
-    )
+    parser.add_argument("--epochs", type=int, nargs="+", default=[30], metavar="N", help="of each whole training [30]")
     arguments = parser.parse_args()
     rows, picture = measure(range(arguments.seeds), arguments.epochs)
     result = {**made_with("make pruning"), "rows": rows}
