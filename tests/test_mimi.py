@@ -10,6 +10,7 @@ import torch
 from torch import tensor
 
 import vitadapter_ext as va
+from tests.conftest import no_gpu
 from tests.vits import ARCHITECTURES, assert_same_state, copied_state, images, make, randomise_trained, structure
 from vitadapter_ext.methods.mimi import select, shrink
 from vitadapter_ext.picture import block_parts, draw, tensor_roles
@@ -375,7 +376,7 @@ def test_all_adapters_may_vanish(tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@no_gpu
 def test_the_cut_on_a_gpu():
     method = va.Mimi(start_rank=4)
     model = attached(method=method).cuda()
