@@ -39,16 +39,21 @@ def files(split) -> list[str]:
     return [str(path) for path, _ in split.samples]
 
 
+def splits_of(data) -> dict:
+    return {"train": data.train, "val": data.val, "test": data.test}
+
+
 def test_without_split_folders_a_fixed_share_of_each_class_is_held_out(tmp_path):
     fill(tmp_path, dog=40, cat=20)
-    splits, notes = read_folder(tmp_path)
-    assert splits["train"].classes == ("cat", "dog")
+    data = read_folder(tmp_path)
+    splits = splits_of(data)
+    assert data.classes == ("cat", "dog")
     labels = {name: np.bincount([label for _, label in split.samples]).tolist() for name, split in splits.items()}
     assert labels == {"train": [14, 28], "val": [3, 6], "test": [3, 6]}
     every = sum((files(split) for split in splits.values()), [])
     assert len(set(every)) == 60
-    assert "no test folder" in notes[0]
-    again, _ = read_folder(tmp_path)
+    assert "no test folder" in data.notes[0]
+    again = splits_of(read_folder(tmp_path))
     assert {name: files(split) for name, split in again.items()} == {
         name: files(split) for name, split in splits.items()
     }
@@ -58,33 +63,32 @@ def test_without_split_folders_a_fixed_share_of_each_class_is_held_out(tmp_path)
 def test_split_folders_are_used_as_they_are(tmp_path, val):
     for name, count in (("train", 6), (val, 2), ("test", 3)):
         fill(tmp_path / name, a=count, b=count)
-    splits, notes = read_folder(tmp_path)
-    assert [len(splits[name]) for name in ("train", "val", "test")] == [12, 4, 6]
-    assert notes == []
+    data = read_folder(tmp_path)
+    assert [len(data.train), len(data.val), len(data.test)] == [12, 4, 6]
+    assert data.notes == []
 
 
 @pytest.mark.parametrize("held_out", ["val", "test"])
 def test_one_held_out_folder_is_the_test_set(tmp_path, held_out):
     fill(tmp_path / "train", a=20, b=20)
     fill(tmp_path / held_out, a=4, b=5)
-    splits, notes = read_folder(tmp_path)
-    assert [len(splits[name]) for name in ("train", "val", "test")] == [34, 6, 9]
-    assert all(f"/{held_out}/" in path for path in files(splits["test"]))
-    assert all("/train/" in path for path in files(splits["val"]))
-    assert f"the {held_out} folder is the test set" in notes[0]
+    data = read_folder(tmp_path)
+    assert [len(data.train), len(data.val), len(data.test)] == [34, 6, 9]
+    assert all(f"/{held_out}/" in path for path in files(data.test))
+    assert all("/train/" in path for path in files(data.val))
+    assert f"the {held_out} folder is the test set" in data.notes[0]
 
 
 def test_a_class_may_be_called_train(tmp_path):
-    splits, _ = read_folder(fill(tmp_path, bus=8, train=8, test=8))
-    assert splits["train"].classes == ("bus", "test", "train")
+    assert read_folder(fill(tmp_path, bus=8, train=8, test=8)).classes == ("bus", "test", "train")
 
 
 @pytest.mark.parametrize("names", [("training", "testing"), ("Train", "dev")])
 def test_other_names_of_the_splits(tmp_path, names):
     for name in names:
         fill(tmp_path / name, a=8, b=8)
-    splits, _ = read_folder(tmp_path)
-    assert splits["train"].classes == ("a", "b") and len(splits["test"]) == 16
+    data = read_folder(tmp_path)
+    assert data.classes == ("a", "b") and len(data.test) == 16
 
 
 def test_held_out_folders_beside_an_unknown_one_are_no_classes(tmp_path):
@@ -105,8 +109,7 @@ def test_a_class_that_only_train_has_is_fine(tmp_path):
     fill(tmp_path / "train", a=4, b=4, c=4)
     fill(tmp_path / "val", a=2, b=2)
     fill(tmp_path / "test", b=2, c=2)
-    splits, _ = read_folder(tmp_path)
-    assert {label for _, label in splits["test"].samples} == {1, 2}
+    assert {label for _, label in read_folder(tmp_path).test.samples} == {1, 2}
 
 
 def test_hidden_files_other_files_and_capital_extensions(tmp_path):
@@ -116,7 +119,7 @@ def test_hidden_files_other_files_and_capital_extensions(tmp_path):
     (tmp_path / "a" / "notes.txt").write_text("no picture")
     (tmp_path / "b" / "deep").mkdir()
     (tmp_path / "a" / "001.jpg").rename(tmp_path / "b" / "deep" / "X.JPEG")
-    splits, _ = read_folder(tmp_path)
+    splits = splits_of(read_folder(tmp_path))
     assert sum(len(split) for split in splits.values()) == 8
     assert any(path.endswith("X.JPEG") for split in splits.values() for path in files(split))
 
@@ -130,10 +133,10 @@ def test_unreadable_images_are_named_counted_and_left_out(tmp_path):
     fill(tmp_path, a=30, b=30)
     truncate(tmp_path / "a" / "001.jpg")
     (tmp_path / "b" / "002.png").write_bytes(b"")
-    splits, notes = read_folder(tmp_path)
-    assert sum(len(split) for split in splits.values()) == 58
-    assert "2 of 60 images" in notes[0] and "left out" in notes[0]
-    assert "a/001.jpg" in notes[0] and "b/002.png" in notes[0]
+    data = read_folder(tmp_path)
+    assert sum(len(split) for split in splits_of(data).values()) == 58
+    assert "2 of 60 images" in data.notes[0] and "left out" in data.notes[0]
+    assert "a/001.jpg" in data.notes[0] and "b/002.png" in data.notes[0]
 
 
 def test_more_than_five_percent_unreadable_is_refused(tmp_path):
@@ -231,7 +234,7 @@ def test_pictures_stand_upright(tmp_path):
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 def test_transforms_give_the_size_of_the_checkpoint(augmentation):
     picture = Image.effect_noise((70, 40), 80).convert("RGB")
-    transform = training_transform(augmentation, DATA_CONFIG)
+    transform = training_transform(configure(augmentation=augmentation), DATA_CONFIG)
     torch.manual_seed(0)
     first, second = transform(picture), transform(picture)
     assert first.shape == (3, 24, 24)
@@ -240,12 +243,12 @@ def test_transforms_give_the_size_of_the_checkpoint(augmentation):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_equal_seeds_give_equal_batches(tmp_path, workers):
-    config = configure(data=str(fill(tmp_path, a=8, b=8)), workers=workers, batch_size=4)
+    config = configure(data=str(fill(tmp_path, a=8, b=8)), workers=workers, batch_size=4, augmentation="affine")
     batches = []
     for _ in range(2):
         torch.manual_seed(5)
         data = read_data(config)
-        found = loader(data.train, training_transform("affine", DATA_CONFIG), config, torch.device("cpu"), shuffle=True)
+        found = loader(data.train, training_transform(config, DATA_CONFIG), config, torch.device("cpu"), shuffle=True)
         batches.append(torch.cat([images for images, _ in found]))
     assert torch.equal(*batches)
 
@@ -253,5 +256,5 @@ def test_equal_seeds_give_equal_batches(tmp_path, workers):
 def test_the_digits_need_no_folder():
     data = read_data(configure())
     assert (data.name, len(data.train), len(data.val), len(data.test)) == ("digits", 1000, 297, 500)
-    image, label = Transformed(data.test, training_transform("none", DATA_CONFIG))[0]
+    image, label = Transformed(data.test, training_transform(configure(augmentation="none"), DATA_CONFIG))[0]
     assert image.shape == (3, 24, 24) and 0 <= label < 10

@@ -12,8 +12,16 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
 
+from .samples import Data
+
 SPLITS = {"train": 1000, "val": 297, "test": 500}  # images in each
 SIZE = 32  # pixels of a picture, both ways
+
+
+def read_digits() -> Data:
+    """All three splits."""
+    train, val, test = (Digits(split) for split in SPLITS)
+    return Data("digits", Digits.classes, train, val, test)
 
 
 def split_indices() -> dict[str, np.ndarray]:

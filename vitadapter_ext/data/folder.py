@@ -7,17 +7,12 @@
 What is held out depends on the file names only, never on a seed, so every run on the folder has the same test set.
 """
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-from torch.utils.data import Dataset
-
-from .images import EXTENSIONS, MOST_UNREADABLE, open_rgb, unreadable
-
-HELD_OUT = 0.15  # of a class's images, for each split that has no folder of its own
+from .images import EXTENSIONS
+from .samples import HELD_OUT, SPLITS, Data, ImageFiles, Sample, drop_unreadable, few, hold_out_files, listed
 
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -25,29 +20,9 @@ _SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 
-Sample = tuple[Path, int]  # a file, and the index of its class
 
-
-class ImageFiles(Dataset):
-    """(picture, label) pairs from files: RGB `PIL.Image`, and an int that is an index into `classes`."""
-
-    def __init__(self, samples: Sequence[Sample], classes: Sequence[str]):
-        self.samples = list(samples)
-        self.classes = tuple(classes)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.samples[index]
-        try:
-            return open_rgb(path), label
-        except Exception as error:  # it could be read when the folder was
-            raise OSError(f"{path} cannot be read any more: {error}") from error
-
-
-def read_folder(folder: str | os.PathLike) -> tuple[dict[str, ImageFiles], list[str]]:
-    """The splits "train", "val" and "test" of a folder, and what a person should know about them, in sentences.
+def read_folder(folder: str | os.PathLike) -> Data:
+    """The data set in a folder, with a note of what was held out and what was left out.
 
     Every file is decoded once; those that cannot be are left out and named.
 
@@ -72,19 +47,21 @@ def read_folder(folder: str | os.PathLike) -> tuple[dict[str, ImageFiles], list[
     for name, split in found.items():
         if extra := sorted(set(split) - set(classes)):
             raise ValueError(
-                f"{_listed(extra)} in the {name} folder of {root}, but not in its train folder: {_remedy(extra)}"
+                f"{listed(extra)} in the {name} folder of {root}, but not in its train folder: {_remedy(extra)}"
             )
-    notes = _drop_unreadable(root, found)
-    if empty := [name for name in classes if not found["train"][name]]:
-        raise ValueError(f"{_listed(empty)} in {root} without any readable training image: {_remedy(empty)}")
-    notes += _hold_out(root, found)
-    splits = {}
-    for name in ("train", "val", "test"):
-        samples = [(path, classes.index(label)) for label, files in sorted(found[name].items()) for path in files]
-        if not samples:
+    splits: dict[str, list[Sample]] = {
+        name: [(path, classes.index(label)) for label, files in sorted(split.items()) for path in files]
+        for name, split in found.items()
+    }
+    notes = drop_unreadable(root, splits)
+    if empty := few((label for _, label in splits["train"]), classes, 1):
+        raise ValueError(f"{listed(empty)} in {root} without any readable training image: {_remedy(empty)}")
+    notes += _hold_out(root, splits, classes)
+    for name in SPLITS:
+        if not splits[name]:
             raise ValueError(f"the {name} folder of {root} has no readable images")
-        splits[name] = ImageFiles(samples, classes)
-    return splits, notes
+    datasets = {name: ImageFiles(splits[name]) for name in SPLITS}
+    return Data(root.resolve().name, tuple(classes), **datasets, notes=notes)
 
 
 def _find_splits(root: Path) -> dict[str, dict[str, list[Path]]]:
@@ -129,54 +106,27 @@ def _is_image(path: Path) -> bool:
     return not path.name.startswith(".") and path.name.lower().endswith(EXTENSIONS)
 
 
-def _drop_unreadable(root: Path, found: dict[str, dict[str, list[Path]]]) -> list[str]:
-    paths = [path for split in found.values() for files in split.values() for path in files]
-    bad = unreadable(paths)
-    if not bad:
-        return []
-    names = [f"{path.relative_to(root)} ({problem})" for path, problem in list(bad.items())[:10]]
-    listed = ", ".join(names) + (", …" if len(bad) > len(names) else "")
-    count = f"{len(bad)} of {len(paths)} images in {root} cannot be read"
-    if len(bad) > MOST_UNREADABLE * len(paths):
-        raise ValueError(f"{count}, which is more than {MOST_UNREADABLE:.0%}: {listed}")
-    for split in found.values():
-        for label, files in split.items():
-            split[label] = [path for path in files if path not in bad]
-    return [f"{count} and are left out: {listed}"]
-
-
-def _hold_out(root: Path, found: dict[str, dict[str, list[Path]]]) -> list[str]:
+def _hold_out(root: Path, splits: dict[str, list[Sample]], classes: Sequence[str]) -> list[str]:
     """Fills in the splits that have no folder with a share of each class's training images, and says how."""
-    held_out = [name for name in found if name != "train"]
+    held_out = [name for name in splits if name != "train"]
     if len(held_out) == 2:
         return []
     if held_out:
-        found["test"] = found.pop(held_out[0])
+        splits["test"] = splits.pop(held_out[0])
         missing = ["val"]
         note = f"the {held_out[0]} folder is the test set; {HELD_OUT:.0%} of train is held out to choose the best epoch"
     else:
         missing = ["test", "val"]
         note = f"no test folder: {HELD_OUT:.0%} of each class is the test set, {HELD_OUT:.0%} chooses the best epoch"
     least = len(missing) + 1
-    if few := [label for label, files in found["train"].items() if len(files) < least]:
+    if scarce := few((label for _, label in splits["train"]), classes, least):
         raise ValueError(
-            f"{_listed(few)} in {root} with too few images to hold some out: each class needs at least {least}, "
+            f"{listed(scarce)} in {root} with too few images to hold some out: each class needs at least {least}, "
             "or there must be the folders train, val and test"
         )
-    found.update({name: {} for name in missing})
-    for label, files in found["train"].items():
-        # A hash of the name shuffles the same way everywhere, and a new image moves no other one.
-        files = sorted(files, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
-        share = max(1, round(HELD_OUT * len(files)))
-        for name in missing:
-            found[name][label], files = sorted(files[:share]), files[share:]
-        found["train"][label] = sorted(files)
+    splits["train"], *parts = hold_out_files(root, splits["train"], len(missing))
+    splits.update(zip(missing, parts, strict=True))
     return [note]
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:5]) + (", …" if len(names) > 5 else "")
-    return f"{'class' if len(names) == 1 else f'{len(names)} classes'} {shown}"
 
 
 def _remedy(names: Sequence[str]) -> str:

@@ -1,0 +1,54 @@
+"""Which images and labels has a domain of DomainNet? Two lists for each of six domains, 345 classes in each.
+
+    ROOT/clipart_train.txt, ROOT/clipart_test.txt    lines `clipart/zebra/clipart_344_000001.jpg 344`, relative to ROOT
+
+15 % of train is held out as val. The data: X. Peng et al., "Moment Matching for Multi-Source Domain Adaptation",
+ICCV 2019.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from .lists import Entry, assemble, find_lists, locate, numbered, read_list, shown
+from .samples import Data, Sample, Task, find_task
+
+CLASSES = 345
+
+TASKS = {name: Task(name, CLASSES) for name in ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")}
+
+
+def read_domainnet(root: str | os.PathLike, domain: str) -> Data:
+    """A domain of DomainNet; classes are called by the folders of their images, or by number where there are none.
+
+    Raises:
+        MissingDataError: no such folder, or neither of the domain's lists in it.
+        ValueError: an unknown domain, or anything else wrong with its lists and images, in one sentence.
+    """
+    name = find_task("DomainNet", domain, TASKS).name
+    root = Path(root)
+    files = find_lists(root, {split: f"{name}_{split}.txt" for split in ("train", "test")})
+    entries = {split: read_list(file) for split, file in files.items()}
+    splits = {
+        split: list(zip(locate(root, lines), numbered(lines, CLASSES), strict=True)) for split, lines in entries.items()
+    }
+    classes = _class_names(root, entries, splits)
+    return assemble(f"domainnet/{name}", root, splits, classes, f"{name}_val.txt")
+
+
+def _class_names(root: Path, entries: Mapping[str, list[Entry]], splits: Mapping[str, list[Sample]]) -> list[str]:
+    """What the 345 classes are called; `ValueError` where one folder has two labels, or two folders one."""
+    names: dict[int, str] = {}
+    labels: dict[str, int] = {}
+    for split, samples in splits.items():
+        for entry, (path, label) in zip(entries[split], samples, strict=True):
+            folders = path.relative_to(root).parts
+            if len(folders) < 3 or not folders[1].isprintable():
+                raise ValueError(f"{entry.where}: {shown(entry.path)} is not of the form domain/class/file.jpg")
+            name, first = names.setdefault(label, folders[1]), labels.setdefault(folders[1], label)
+            if (name, first) != (folders[1], label):
+                raise ValueError(
+                    f"{entry.where}: label {label} for {folders[1]}, but earlier "
+                    + (f"label {label} is {name}" if name != folders[1] else f"{folders[1]} has label {first}")
+                )
+    return [names.get(label, str(label)) for label in range(CLASSES)]
