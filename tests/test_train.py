@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -12,10 +12,13 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitadapter_ext as va
 from tests.pictures import red_and_blue
+from tests.vits import ARCHITECTURES, make, randomise
+from tests.vits import METHODS as METHODS_OF_THE_TESTS
 from vitadapter_ext.files import read
 from vitadapter_ext.methods import METHODS
 from vitadapter_ext.train import Config, baselines, configure, fit
@@ -25,6 +28,12 @@ from vitadapter_ext.train.loop import DivergedError, Trainer, evaluate, seed_eve
 from vitadapter_ext.train.run_folder import RunFolder
 
 CPU = torch.device("cpu")
+DROPPED = {
+    "houlsby": {"dropout": 0.3, "drop_path": 0.3},
+    "arc": {"dropout": 0.3},
+    "consolidator": {"drop_path": 0.3},
+    "mimi": {},
+}
 
 
 @pytest.fixture(scope="session")
@@ -106,6 +115,111 @@ def test_the_rate_warms_up_and_falls_by_the_step():
     used = []
     short.run(Silent(after_step=lambda: used.append(short.optimizer.param_groups[0]["lr"])))
     assert min(used) > 0 and max(used) > 0.002  # every step of a single epoch trains
+
+
+def test_the_rate_starts_and_ends_where_it_is_told_to():
+    training = trainer(epochs=4, warmup_epochs=2, lr=0.01, warmup_lr=1e-3, min_lr=2e-3)
+    rates = []
+    training.run(Silent(after_step=lambda: rates.append(training.optimizer.param_groups[0]["lr"])))
+    middles = [step + 0.5 for step in range(4 * 3)]
+    assert rates[:6] == pytest.approx([1e-3 + 9e-3 * middle / 6 for middle in middles[:6]])
+    cosine = [2e-3 + 4e-3 * (1 + math.cos(math.pi * middle / 12)) for middle in middles[6:]]
+    assert rates[6:] == pytest.approx(cosine)
+
+
+def test_the_rate_is_in_proportion_to_the_images_of_a_step():
+    config = Config(lr=5e-4, lr_base_size=512, batch_size=16, grad_accum=4)
+    assert config.peak_lr == pytest.approx(5e-4 * 64 / 512)
+    training = trainer(epochs=2, lr=0.01, lr_base_size=256, batch_size=64)
+    assert training.optimizer.param_groups[0]["lr"] == pytest.approx(0.0025)
+
+
+@pytest.mark.parametrize("accum", [2, 3, 5])
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_batches_of_a_step_together_are_one_large_batch(accum, clip):
+    trained, rates = [], []
+    for size, together in ((4, accum), (4 * accum, 1)):  # 22 images: the last step has fewer, and the last batch too
+        training = trainer(epochs=2, grad_accum=together, clip_grad=clip, label_smoothing=0.1)
+        training.train = batches(22, size)
+        used = []
+        step = training.optimizer.step
+        training.optimizer.step = lambda step=step, t=training, u=used: (
+            u.append(t.optimizer.param_groups[0]["lr"]),
+            step(),
+        )
+        listener = Silent()
+        training.run(listener)
+        trained.append((training.model, listener.rows))
+        rates.append(used)
+    assert rates[0] == pytest.approx(rates[1]) and len(rates[0]) == 2 * math.ceil(22 / (4 * accum))
+    (small, small_rows), (large, large_rows) = trained
+    for name, tensor in trainable(small).items():
+        torch.testing.assert_close(tensor, trainable(large)[name], rtol=1e-3, atol=2e-5, msg=name)
+    for row, other in zip(small_rows, large_rows, strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+@pytest.mark.parametrize("count", [8, 7, 1])
+def test_mixed_images_have_mixed_labels(mixup, cutmix, count):
+    training = trainer(mixup=mixup, cutmix=cutmix, label_smoothing=0.1)
+    labels = torch.randint(2, (count,))
+    plain = labels.view(-1, 1, 1, 1).expand(-1, 3, 16, 16).float()  # a picture says what share of each class it has
+    for _ in range(20):
+        images, shares = training._mixed(plain.clone(), labels)
+        assert images.shape == plain.shape and shares.shape == (count, 2)
+        assert shares.sum(1) == pytest.approx(torch.ones(count))
+        torch.testing.assert_close(shares[:, 1], 0.05 + 0.9 * images.mean((1, 2, 3)), rtol=0, atol=1e-5)
+        if count % 2:
+            assert torch.equal(images[-1], plain[-1])
+
+
+def test_mixing_trains_and_is_drawn_from_the_seed():
+    losses = []
+    for seed in (0, 0, 1):
+        training = trainer(epochs=3, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+        seed_everything(seed)
+        listener = Silent()
+        training.run(listener)
+        losses.append([row["train_loss"] for row in listener.rows])
+    assert losses[0] == losses[1] != losses[2]
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("method", ["houlsby", "arc", "mimi", "consolidator"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_activation_checkpointing_changes_no_gradient(architecture, method):
+    gradients = []
+    for checkpointing in (False, True):
+        seed_everything(1)
+        model = va.attach(make(architecture), replace(METHODS_OF_THE_TESTS[method], **DROPPED[method])).train()
+        randomise(trainable(model).values())
+        model.set_grad_checkpointing(checkpointing)
+        size = ARCHITECTURES[architecture][1]["img_size"]
+        # What is dropped is drawn again in the backward pass.
+        nn.functional.cross_entropy(model(torch.randn(4, 3, size, size)), torch.tensor([0, 1, 2, 0])).backward()
+        gradients.append({name: tensor.grad for name, tensor in trainable(model).items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_a_compiled_training_is_the_same_training():
+    trained = []
+    for compiled in (False, True):
+        seed_everything(0)
+        model = timm.create_model("test_vit", img_size=16, num_classes=2, depth=1)
+        config = Config(
+            model="test_vit", epochs=2, lr=5e-3, warmup_epochs=0, compile=compiled, method=va.Adapter(rank=2)
+        )
+        training = Trainer(va.attach(model, config.method), batches(), batches(16), config, CPU)
+        assert (training.network is model) != compiled
+        listener = Silent()
+        training.run(listener)
+        assert set(trainable(model)) == set(training.best.state)
+        trained.append((model, listener.rows))
+    for name, tensor in trainable(trained[0][0]).items():
+        torch.testing.assert_close(trainable(trained[1][0])[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    assert trained[0][1][-1]["val_loss"] == pytest.approx(trained[1][1][-1]["val_loss"], rel=1e-4)
 
 
 def test_the_best_validation_epoch_is_put_back_and_ties_go_to_the_lower_loss():
@@ -364,8 +478,9 @@ def test_every_method_leaves_a_whole_run_folder(pictures, tmp_path, method):
     assert [row["epoch"] for row in rows] == ["1", "2"]
     with Image.open(folder / "curves.png") as curves:
         curves.load()
+    # It names no folder, so that it can be run again as it is.
     assert Config.from_yaml((folder / "config.yaml").read_text()) == configure(
-        model="test_vit", data=str(pictures), out=str(folder), method=method, epochs=2, batch_size=16, **small
+        model="test_vit", data=str(pictures), method=method, epochs=2, batch_size=16, **small
     )
     torch.manual_seed(0)
     model = va.load(timm.create_model("test_vit"), folder / "adapter.safetensors").eval()
@@ -383,6 +498,15 @@ def test_the_adapter_file_knows_classes_backbone_and_preprocessing(pictures, tmp
     assert metadata["class_names"] == ["blue", "red"]
     assert metadata["backbone"]["model"] == "test_vit" and metadata["backbone"]["weights"] == {"random": 0}
     assert metadata["data"]["mean"] == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_and_accumulation_give_the_same_run(pictures, tmp_path, checkpointing):
+    plain = run(pictures, tmp_path / "plain", batch_size=8)
+    other = run(pictures, tmp_path / "other", batch_size=4, grad_accum=2, checkpointing=checkpointing)
+    assert other.model.blocks and getattr(other.model, "grad_checkpointing", False) == checkpointing
+    for name, tensor in trainable(plain.model).items():
+        torch.testing.assert_close(trainable(other.model)[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
 
 
 def test_equal_seeds_give_equal_bytes(pictures, tmp_path):

@@ -109,6 +109,17 @@ BAD = {
     "--batch-size 0": "--batch-size must be at least 1",
     "--lr 0": "--lr must be a positive number",
     "--clip-grad -1": "--clip-grad must be a positive number",
+    "--mixup -1": "--mixup must be 0 or more",
+    "--random-erasing 1.5": "--random-erasing must be from 0 to 1",
+    "--min-lr 0.1": "--min-lr must be from 0 to the highest learning rate, 0.005, got 0.1",
+    "--warmup-lr -1": "--warmup-lr must be from 0 to the highest learning rate, 0.005, got -1",
+    "--grad-accum 0": "--grad-accum must be at least 1",
+    "--lr-base-size 0": "--lr-base-size must be at least 1",
+    "--select first": "unknown select 'first': known: best, last",
+    "--select last --patience 3": "--patience ends at the best epoch, and --select last takes none",
+    "--grid lr": "--grid takes settings and their values",
+    "--grid lr=1e-3,high": "--lr takes a number, got 'high'",
+    "--grid seed=1,2": "unknown setting of --grid 'seed'",
     "--label-smoothing 1": "--label-smoothing must be at least 0 and below 1",
     "--amp fp8": "known: bf16, fp16, none",
     "--amp fp16 --device cpu": "--amp fp16 needs a CUDA device",
@@ -465,9 +476,68 @@ def test_recipes_are_whole_and_survive_yaml(recipe, method):
 @pytest.mark.parametrize("recipe", [name for name, recipe in RECIPES.items() if name != "embedded"])
 def test_recipes_run(command, pictures, tmp_path, recipe):
     out = tmp_path / "run"
-    narrow = ("--groups", 32) if RECIPES[recipe].method == "consolidator" else ()
+    small = {"consolidator": ("--groups", 32), "mimi": ("--epochs", 4)}.get(RECIPES[recipe].method, ())
     code, stdout, err = command(
-        *("--recipe", recipe, "--model", "test_vit", "--data", pictures, "--epochs", 1, "--out", out, *narrow)
+        *("--recipe", recipe, "--model", "test_vit", "--data", pictures, "--epochs", 1, "--out", out, *small)
     )
     assert (code, err) == (0, "")
     assert f"recipe: {recipe}\n" in (out / "config.yaml").read_text()
+
+
+FILES = {
+    "rnk: 3": "unknown setting in run.yaml 'rnk': did you mean 'rank'?",
+    "learning_rate: 3": "unknown setting in run.yaml 'learning_rate'",
+    "{": "run.yaml is not YAML",
+    "- lr": "run.yaml must hold settings such as 'lr: 0.01'",
+    "": "run.yaml must hold settings such as 'lr: 0.01'",
+    "method: {rank: 4}": "and a method its name",
+    "lr: high": "--lr takes a number, got 'high'",
+    "epochs: [1, 2]": "--epochs takes a whole number, got [1, 2]",
+    "method: arc\nplacement: post": "--placement is an option of the method adapter, not of arc",
+    "!!python/object/apply:os.mkdir [harm]": "run.yaml is not YAML",
+    "\xff": "run.yaml is no text",
+    "suite: vtab": "unknown suite 'vtab'",
+}
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_a_config_file_that_cannot_be_used(command, tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_bytes(text.encode("latin-1"))
+    code, _, err = command("--config", "run.yaml")
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and FILES[text] in err
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+    assert command("--config", "nowhere.yaml")[2] == "error: nowhere.yaml: No such file or directory\n"
+
+
+def test_the_command_line_stands_over_a_file_and_a_file_over_the_recipe(command, pictures, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"data: {pictures}\nmodel: test_vit\nrecipe: arc-vtab\nmethod: arc\nrank: 3\n"
+        "epochs: 1\nbatch-size: 7\nlr: 2e-3\n"
+    )
+    assert command("--config", file, "--lr", "5e-3", "--out", tmp_path / "run")[0] == 0
+    config = Config.from_yaml((tmp_path / "run" / "config.yaml").read_text())
+    assert (config.lr, config.batch_size, config.method.rank) == (5e-3, 7, 3)
+    assert (config.clip_grad, config.head_init, config.method.dropout) == (1.0, "zero", 0.1)  # the recipe's
+    # Another method takes none of the file's options along.
+    assert command("--config", file, "--method", "adapter", "--out", tmp_path / "other")[0] == 0
+    config = Config.from_yaml((tmp_path / "other" / "config.yaml").read_text())
+    assert config.method == va.Adapter() and config.batch_size == 7
+
+
+def test_what_a_run_resolved_runs_again_as_it_is(command, pictures, tmp_path):
+    flags = ("--model", "test_vit", "--data", pictures, "--epochs", 2, "--grid", "lr=1e-3,1e-2 rank=2,3", "--retrain")
+    assert command(*flags, "--mixup", 0.5, "--random-erasing", 0.3, "--out", tmp_path / "first")[0] == 0
+    assert command("--config", tmp_path / "first" / "config.yaml", "--out", tmp_path / "second")[0] == 0
+    for name in ("config.yaml", "adapter.safetensors"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_a_policy_that_timm_lacks_is_refused_before_training(command, pictures, tmp_path):
+    for policy in ("rand-q9", "best"):
+        code, _, err = command(
+            *("--model", "test_vit", "--data", pictures, "--auto-augment", policy, "--out", tmp_path / "run")
+        )
+        assert code == 2 and "--auto-augment takes a policy such as rand-m9-mstd0.5-inc1" in err and policy in err
+        assert not (tmp_path / "run").exists()

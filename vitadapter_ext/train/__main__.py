@@ -9,8 +9,9 @@ import sys
 import textwrap
 
 from ..cli import Parser, add_flag, run
+from ..data.catalog import SUITES
 from ..methods import METHODS
-from .config import Config, configure, field_hints
+from .config import Config, configure, field_hints, on_top, read_settings
 from .recipes import RECIPES
 
 _PICTURE = "attached.png"
@@ -20,14 +21,25 @@ Fine-tunes a Vision Transformer with few trained parameters, and says how well.
 Without arguments: the small ViT that ships in this package is adapted to
 scikit-learn's handwritten digits. With --data it is adapted to a folder of
 images; with --model any timm ViT is. Defaults stand in brackets; the recipe,
-"embedded" where there is no --model, goes before them."""
+"embedded" where there is no --model, goes before them, the file of --config
+before the recipe, and flags before all."""
 
 
 def main(argv: list[str]) -> None:
-    """Trains as the arguments say, or with --show draws what would be trained."""
+    """Trains as the arguments say, one run or a suite, or with --show draws what would be trained."""
     given = vars(_parser().parse_args(argv))
     del given["traceback"]
     picture = given.pop("show", None)
+    if file := given.pop("config", None):
+        given = on_top(read_settings(file), given)
+    suite = given.pop("suite", None)
+    if suite is not None:
+        if picture is not None:
+            raise ValueError("--show draws one run: name a task with --dataset in place of --suite")
+        from .suite import run_suite
+
+        run_suite(suite, **given)
+        return
     config = configure(**given)
     from .pipeline import fit, show  # here, so that --help and refused flags need not wait for timm
 
@@ -39,9 +51,12 @@ def main(argv: list[str]) -> None:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m vitadapter_ext.train", description=_DESCRIPTION, epilog=f"{_methods()}\n\n{_recipes()}"
+        prog="python -m vitadapter_ext.train",
+        description=_DESCRIPTION,
+        epilog=f"{_datasets()}\n\n{_methods()}\n\n{_recipes()}",
     )
-    groups = {name: parser.add_argument_group(name) for name in ("data", "backbone", "method", "training", "run")}
+    names = ("data", "backbone", "method", "augmentation", "training", "protocol", "run")
+    groups = {name: parser.add_argument_group(name) for name in names}
     hints = field_hints(Config)
     for field in dataclasses.fields(Config):
         if field.name == "method":
@@ -52,6 +67,8 @@ def _parser() -> Parser:
         if field.default is not None and not isinstance(field.default, bool) and "[" not in text:
             text += f" [{field.default}]"
         add_flag(groups[field.metadata["group"]], field.name, hints[field.name], text, field.metadata["metavar"])
+    add_flag(groups["data"], "suite", str, "all tasks of one: " + ", ".join(SUITES), metavar="NAME")
+    add_flag(groups["run"], "config", str, "settings in YAML, such as a run's config.yaml", metavar="FILE")
     groups["run"].add_argument(
         "--show",
         nargs="?",
@@ -87,6 +104,17 @@ def _shown(default: object) -> str:
     return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
+def _datasets() -> str:
+    names = ["digits", "cifar10", "cifar100"]
+    names += [f"{suite}/{task}" for suite in SUITES for task in SUITES[suite].groups]
+    lines = ["data sets for --dataset (all but digits and minitab lie under --data):"]
+    lines += textwrap.wrap(
+        " ".join(names), _width(), initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
+    lines.append("  and what timm reads: torch/NAME hfds/NAME hfids/NAME tfds/NAME wds/NAME")
+    return "\n".join(lines)
+
+
 def _methods() -> str:
     return "\n".join(["methods:", *(f"  {name:<14} {kind.description}" for name, kind in METHODS.items())])
 
@@ -100,12 +128,15 @@ def _recipes() -> str:
         settings = {"method": recipe.method, **recipe.options, **recipe.settings}
         parts.append(" ".join(_flag(key, setting) for key, setting in settings.items()))
         lines.append(f"  {name}")
-        width = shutil.get_terminal_size().columns - 2
         for part in parts:
             lines += textwrap.wrap(
-                part, width, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+                part, _width(), initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
             )
     return "\n".join(lines)
+
+
+def _width() -> int:
+    return shutil.get_terminal_size().columns - 2
 
 
 def _flag(name: str, setting: object) -> str:

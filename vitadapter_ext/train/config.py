@@ -1,20 +1,28 @@
 """What is a run made of? One frozen `Config`, made from a recipe and what was given on top, and written out as YAML."""
 
 import dataclasses
+import itertools
+import os
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .._text import unknown
-from ..cli import value
+from ..cli import sentence, value
+from ..data import catalog
 from ..methods import METHODS, Adapter
 from .recipes import RECIPES
 
-AUGMENTATIONS = ("none", "affine", "crop-flip", "random-crop")
+AUGMENTATIONS = ("none", "affine", "crop-flip", "random-crop", "random-resized-crop")
 HEAD_INITS = ("timm", "zero")
 AMP = ("none", "bf16", "fp16")
+SELECT = ("best", "last")
+
+_GRID_GROUPS = ("augmentation", "training")  # what may differ between the trainings of a grid, beside the method
 
 
 def _field(default: Any, group: str, text: str, metavar: str | None = None) -> Any:
@@ -29,10 +37,12 @@ class Config:
         ValueError: for a value outside what its field accepts.
     """
 
-    data: str | None = _field(None, "data", "images: a folder for each class [digits]", "FOLDER")
-    augmentation: str = _field("crop-flip", "data", ", ".join(AUGMENTATIONS))
+    data: str | None = _field(None, "data", "images: a folder for each class, or lists [digits]", "FOLDER")
+    dataset: str | None = _field(None, "data", "one by name, under --data [see below]", "NAME")
+    train_split: str = _field("train", "data", "of timm's data sets", "SPLIT")
+    val_split: str | None = _field(None, "data", "of timm's data sets [15 %% of train]", "SPLIT")
+    test_split: str = _field("test", "data", "of timm's data sets", "SPLIT")
     squash: bool = _field(False, "data", "resize without the checkpoint's crop")
-    batch_size: int = _field(64, "data", "images in a batch")
     workers: int = _field(0, "data", "extra processes for images; they change the draw")
 
     model: str | None = _field(None, "backbone", "timm name [the embedded small ViT]", "NAME")
@@ -43,38 +53,62 @@ class Config:
 
     method: Any = Adapter()  # an instance of one of METHODS
 
+    augmentation: str = _field("crop-flip", "augmentation", ", ".join(AUGMENTATIONS))
+    auto_augment: str | None = _field(None, "augmentation", "timm's policy, such as rand-m9-mstd0.5-inc1", "POLICY")
+    random_erasing: float = _field(0.0, "augmentation", "probability")
+    mixup: float = _field(0.0, "augmentation", "alpha; with --cutmix, each batch gets one of both")
+    cutmix: float = _field(0.0, "augmentation", "alpha")
+
     epochs: int = _field(30, "training", "passes over the training images")
+    batch_size: int = _field(64, "training", "images in a batch")
+    grad_accum: int = _field(1, "training", "batches that make one step together")
     optimizer: str = _field("adamw", "training", "timm name")
-    lr: float = _field(1e-3, "training", "highest learning rate; cosine to 0")
+    lr: float = _field(1e-3, "training", "highest learning rate, of a cosine")
+    lr_base_size: int | None = _field(None, "training", "lr is for N images a step, and scaled to yours", "N")
+    min_lr: float = _field(0.0, "training", "the cosine's end")
     weight_decay: float = _field(1e-4, "training", "not on biases, norms and scales")
-    warmup_epochs: int = _field(3, "training", "from 0; at most half of a phase")
+    warmup_epochs: int = _field(3, "training", "at most half of a phase")
+    warmup_lr: float = _field(0.0, "training", "the warm-up's start")
     clip_grad: float | None = _field(None, "training", "largest norm of the gradient")
     label_smoothing: float = _field(0.0, "training", "share spread over all classes")
     patience: int | None = _field(None, "training", "end a phase after N epochs without a better one", "N")
-    seed: int = _field(0, "training", "of everything that is drawn")
+
+    select: str = _field("best", "protocol", "the epoch: best on val, or last")
+    grid: dict[str, list] | None = _field(
+        None, "protocol", "settings to choose from on val: 'lr=1e-3,1e-2 rank=4,8'", "GRID"
+    )
+    retrain: bool = _field(False, "protocol", "then train on train and val [on in vtab1k, minitab]")
+    seed: int = _field(0, "protocol", "of everything that is drawn")
 
     device: str = _field("auto", "run", "cpu, cuda, cuda:1; auto: a GPU if any")
     amp: str = _field("none", "run", "precision: none, bf16 or fp16")
+    checkpointing: bool = _field(False, "run", "activations again in backward: less memory")
+    compile: bool = _field(False, "run", "torch.compile the model")
     baselines: bool = _field(False, "run", "also measure the frozen backbone")
     recipe: str = _field("general", "run", "a preset; other flags win [see below]", "NAME")
     out: str | None = _field(None, "run", "new folder [runs/DATA-METHOD-N]", "FOLDER")
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "patience"):
+        for name in ("epochs", "batch_size", "grad_accum", "lr_base_size", "patience"):
             self._check(name, lambda given: given is None or given >= 1, "at least 1")
-        for name in ("workers", "warmup_epochs", "weight_decay"):
+        for name in ("workers", "warmup_epochs", "weight_decay", "mixup", "cutmix"):
             self._check(name, lambda given: 0 <= given < float("inf"), "0 or more")
-        for name in ("data", "out", "model", "weights"):
+        for name in ("data", "out", "model", "weights", "auto_augment", "train_split", "val_split", "test_split"):
             self._check(name, lambda given: given != "", "a name, not an empty word")
         self._check("seed", lambda given: 0 <= given < 2**32, "from 0 to 4294967295")
         for name in ("backbone_drop_path", "label_smoothing"):
             self._check(name, lambda given: 0 <= given < 1, "at least 0 and below 1")
+        self._check("random_erasing", lambda given: 0 <= given <= 1, "from 0 to 1")
         self._check("lr", lambda given: 0 < given < float("inf"), "a positive number")
+        for name in ("min_lr", "warmup_lr"):
+            peak = f"from 0 to the highest learning rate, {self.peak_lr:g}"
+            self._check(name, lambda given: 0 <= given <= self.peak_lr, peak)
         self._check("clip_grad", lambda given: given is None or given > 0, "a positive number")
         for name, known in (
             ("augmentation", AUGMENTATIONS),
             ("head_init", HEAD_INITS),
             ("amp", AMP),
+            ("select", SELECT),
             ("recipe", RECIPES),
         ):
             if getattr(self, name) not in known:
@@ -83,6 +117,12 @@ class Config:
             self.method.training_phases(self.epochs)
         except ValueError as error:
             raise ValueError(f"--epochs is too small: {error}") from error
+        catalog.check(self.dataset, self.data)
+        if self.val_split is not None and not catalog.is_timms(self.dataset):
+            raise ValueError("--val-split is for timm's data sets, such as --dataset torch/cifar10")
+        if self.patience is not None and self.select == "last":
+            raise ValueError("--patience ends at the best epoch, and --select last takes none: give one of them")
+        self.trials()
         if self.model is None and (self.weights is not None or self.pretrained):
             flag = "--pretrained" if self.pretrained else "--weights"
             raise ValueError(f"{flag} needs --model: without it the embedded backbone is used, with its own weights")
@@ -96,6 +136,26 @@ class Config:
         if not holds(given):
             raise ValueError(f"--{name.replace('_', '-')} must be {accepted}, got {given}")
 
+    @property
+    def peak_lr(self) -> float:
+        """The highest learning rate: `lr`, in proportion to the images of a step where `lr_base_size` is given."""
+        return self.lr * (self.batch_size * self.grad_accum / self.lr_base_size if self.lr_base_size else 1)
+
+    def trials(self) -> list[tuple[dict[str, Any], "Config"]]:
+        """What differs, and the whole configuration, of each training that the grid asks for; of one without a grid."""
+        names = list(self.grid or {})
+        return [
+            (settings := dict(zip(names, values, strict=True)), self._with(settings))
+            for values in itertools.product(*(self.grid[name] for name in names))
+        ]
+
+    def _with(self, settings: Mapping[str, Any]) -> "Config":
+        if not settings:
+            return self
+        options = {name: chosen for name, chosen in settings.items() if name in field_hints(type(self.method))}
+        fields = {name: chosen for name, chosen in settings.items() if name not in options}
+        return dataclasses.replace(self, grid=None, method=dataclasses.replace(self.method, **options), **fields)
+
     def to_yaml(self) -> str:
         """The configuration as YAML, fields in their order, the method as a mapping with its `name`."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -105,22 +165,22 @@ class Config:
     @classmethod
     def from_yaml(cls, text: str) -> "Config":
         """The configuration that `to_yaml` wrote."""
-        fields = yaml.safe_load(text)
-        method = fields.pop("method")
-        return configure(**fields, method=method.pop("name"), **method)
+        return configure(**parse_settings(text, "the text"))
 
 
 def configure(*, method: str | None = None, recipe: str | None = None, **given: Any) -> Config:
     """A `Config` from a recipe's settings and what is `given` on top: fields of `Config`, and of the chosen method.
 
-    Without a recipe it is "embedded" where no `model` is given, "general" otherwise. Values may be strings, as on the
-    command line. A recipe's checkpoint gives way to a `model` or `weights` of the caller's.
+    Without a recipe it is "general" with a `model`, and without one "minitab" for those tasks, else "embedded". Values
+    may be strings, as on the command line. A recipe's checkpoint gives way to a `model` or `weights` of the caller's.
 
     Raises:
         ValueError: for an unknown name, a value that is not accepted, an option of a method that was not chosen.
     """
+    protocol = catalog.protocol(given.get("dataset"))
     if recipe is None:
-        recipe = "embedded" if given.get("model") is None else "general"
+        small = "minitab" if protocol and given.get("data") is None else "embedded"
+        recipe = small if given.get("model") is None else "general"
     if recipe not in RECIPES:
         raise unknown("recipe", recipe, RECIPES)
     preset = RECIPES[recipe]
@@ -128,7 +188,9 @@ def configure(*, method: str | None = None, recipe: str | None = None, **given: 
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     options = dict(preset.options) if method == preset.method else {}
-    settings = {**preset.settings, "recipe": recipe}
+    settings = {**protocol, **preset.settings, "recipe": recipe}
+    if (preset.settings | given).get("patience") is not None and "select" not in given:
+        settings["select"] = "best"
     if preset.checkpoint and given.get("model") is None:
         settings |= {"model": preset.checkpoint, "pretrained": given.get("weights") is None}
 
@@ -136,11 +198,75 @@ def configure(*, method: str | None = None, recipe: str | None = None, **given: 
     for name, text in {**preset.by_method.get(method, {}), **given}.items():
         if name in method_hints:
             options[name] = value(name, text, method_hints[name])
+        elif name == "grid":
+            settings[name] = _parse_grid(text, method)
         elif name in hints:
             settings[name] = value(name, text, hints[name])
         else:
             raise _misplaced(name, method)
     return Config(**settings, method=METHODS[method](**options))
+
+
+def read_settings(path: str | os.PathLike) -> dict[str, Any]:
+    """What a YAML file gives, as keyword arguments of `configure` (and perhaps `suite`).
+
+    Raises:
+        ValueError: for what is no mapping of settings; for an unknown one, with the nearest known.
+        OSError: for a file that cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: {error}") from error
+    return parse_settings(text, os.fspath(path))
+
+
+def parse_settings(text: str, where: str) -> dict[str, Any]:
+    """`read_settings` of the text itself; the method is a name beside its options, or a mapping with its `name`."""
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {sentence(error)}") from error
+    method = found.get("method") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or (isinstance(method, dict) and "name" not in method):
+        raise ValueError(f"{where} must hold settings such as 'lr: 0.01', and a method its name")
+    if isinstance(method, dict):
+        found = {**found, **method, "method": method["name"]}
+        del found["name"]
+    found = {str(name).replace("-", "_"): setting for name, setting in found.items()}
+    known = {*field_hints(Config), "suite", *(name for kind in METHODS.values() for name in field_hints(kind))}
+    for name in found:
+        if name not in known:
+            raise unknown(f"setting in {where}", name, known)
+    return found
+
+
+def on_top(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's settings with those of the command line over them; another method there drops the file's options."""
+    if given.get("method", settings.get("method")) != settings.get("method"):
+        settings = {name: setting for name, setting in settings.items() if name in (*field_hints(Config), "suite")}
+    return {**settings, **given}
+
+
+def _parse_grid(text: Any, method: str) -> dict[str, list] | None:
+    """The settings of a grid and their values: of a mapping, or of text such as "lr=1e-3,1e-2 rank=4,8"."""
+    if text is None:
+        return None
+    if isinstance(text, str):
+        pairs = [word.partition("=") for word in text.split()]
+        text = {name: values.split(",") if values else None for name, _, values in pairs}
+    if not isinstance(text, dict) or not all(isinstance(values, list) and values for values in text.values()):
+        raise ValueError(f"--grid takes settings and their values, such as 'lr=1e-3,1e-2 rank=4,8', got {text!r}")
+    groups = {field.name: field.metadata.get("group") for field in dataclasses.fields(Config)}
+    hints = {name: hint for name, hint in field_hints(Config).items() if groups[name] in _GRID_GROUPS}
+    hints |= field_hints(METHODS[method])
+    grid = {}
+    for name, values in text.items():
+        name = name.replace("-", "_")
+        if name not in hints:
+            raise unknown("setting of --grid", name, hints)
+        grid[name] = [value(name, given, hints[name]) for given in values]
+    return grid
 
 
 def field_hints(kind: type) -> dict[str, Any]:

@@ -15,23 +15,35 @@ _BASELINES = (
 )
 
 
-def draw(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> bytes:
-    """A PNG of the metrics rows of a run and of the accuracies in its summary."""
+def draw(
+    rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], again: Sequence[Mapping[str, Any]] = ()
+) -> bytes:
+    """A PNG of the metrics rows of a run and of the accuracies in its summary.
+
+    Args:
+        again: the rows of the training on all images, which have no validation; `rows` may be the same ones.
+    """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     losses, accuracies = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    marker = "o" if len(rows) == 1 else None
-    losses.plot(epochs, [row["train_loss"] for row in rows], color="C0", label="train", marker=marker)
-    losses.plot(epochs, [row["val_loss"] for row in rows], color="C1", label="validation", marker=marker)
+    judged = [row for row in rows if row["val_loss"] is not None]
+    if judged:
+        losses.plot(*_series(judged, "train_loss"), color="C0", label="train")
+        losses.plot(*_series(judged, "val_loss"), color="C1", label="validation")
+        accuracies.plot(*_series(judged, "val_accuracy", 100), color="C1", label="validation")
+    if again:
+        losses.plot(*_series(again, "train_loss"), color="C2", label="train and validation together")
+    for axes in (losses, accuracies):
+        for line in axes.lines:
+            line.set_marker("o" if len(line.get_xdata()) == 1 else "")
     losses.set(xlabel="epoch", ylabel="cross entropy (nats)", ylim=(0, None))
     losses.legend(frameon=False)
 
-    accuracies.plot(epochs, [100 * row["val_accuracy"] for row in rows], color="C1", label="validation", marker=marker)
     if "test_accuracy" in summary:
         test = 100 * summary["test_accuracy"]
+        when = "trained again" if again else "best epoch"
         accuracies.plot(
-            summary["best_epoch"], test, "*", color="C3", markersize=12, label=f"test, best epoch: {test:.2f} %"
+            summary["best_epoch"], test, "*", color="C3", markersize=12, label=f"test, {when}: {test:.2f} %"
         )
     for key, label, style in _BASELINES:
         if key in summary:
@@ -74,6 +86,10 @@ def draw_widths(widths: Sequence[Mapping[str, int]]) -> bytes:
     panels[-1].set_xlabel("block")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return _png(figure)
+
+
+def _series(rows: Sequence[Mapping[str, Any]], key: str, factor: float = 1) -> tuple[list[int], list[float]]:
+    return [row["epoch"] for row in rows], [factor * row[key] for row in rows]
 
 
 def _png(figure: Figure) -> bytes:

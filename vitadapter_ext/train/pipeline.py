@@ -18,17 +18,19 @@ import vitadapter_ext
 
 from .._atomic import write_atomically
 from .._text import unknown
-from ..attachment import attach, head_tensors
+from ..attachment import attach
 from ..canvas import FORMATS
+from ..data.samples import SPLITS, Data
 from ..files import save
 from ..parameters import summary as count_parameters
 from ..picture import draw
 from . import baselines, curves, report
 from .backbone import create
 from .config import Config
-from .data import data_config_of, data_name, evaluation_transform, loader, read_data, training_transform
-from .loop import DivergedError, Trainer, evaluate, seed_everything
+from .data import data_config_of, data_name, evaluation_transform, loader, read_data
+from .loop import DivergedError, evaluate
 from .run_folder import RunFolder
+from .study import Study, Trial
 
 _COUNTS = ("adapter", "head", "overrides", "trainable", "total")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -43,8 +45,12 @@ class Result:
     folder: Path
 
 
-def fit(config: Config) -> Result:
+def fit(config: Config, data: Data | None = None, brief: bool = False) -> Result:
     """Fine-tunes as the configuration says, tests once, and writes the run folder.
+
+    Args:
+        data: what the configuration names, where it has been read already.
+        brief: do not print how to load the file.
 
     Whatever ends the training early (Ctrl-C, a full disk, a file that is gone), the best epoch so far (else what there
     is) is saved before the exception goes on.
@@ -55,29 +61,27 @@ def fit(config: Config) -> Result:
         OSError: for what cannot be read or written.
     """
     device = choose_device(config)
-    check_optimizer(config.optimizer)
+    for _, trial in config.trials():
+        check_optimizer(trial.optimizer)
     folder = RunFolder(config.out, f"{data_name(config)}-{config.method.name}")
     try:
-        report.reading(config)
-        data = read_data(config)
+        if data is None:
+            report.reading(config)
+            data = read_data(config)
         backbone = create(config)
         data_config = data_config_of(backbone.model, config)
         model = backbone.model.to(device)
+        if config.checkpointing:
+            model.set_grad_checkpointing()
         report.opening(config, data, backbone, data_config, device)
 
         evaluation = evaluation_transform(data_config)
-        held = {name: loader(getattr(data, name), evaluation, config, device) for name in ("train", "val", "test")}
+        held = {name: loader(getattr(data, name), evaluation, config, device) for name in SPLITS}
         measured = baselines.measure(model, backbone.classes, data.classes, held) if config.baselines else {}
         val = loader(data.val, evaluation, config, device, every_epoch=True)
-
-        seed_everything(config.seed)
-        reset_head(model, len(data.classes), config.head_init)
-        attach(model.to(device), config.method)
-        report.attached(count_parameters(model), folder.path)
-        training = training_transform(config.augmentation, data_config)
-        batches = loader(data.train, training, config, device, shuffle=True, every_epoch=True)
-        trainer = Trainer(model, batches, val, config, device)
-        folder.write_config(config.to_yaml())
+        study = Study(config, model, data, data_config, val, device)
+        report.attached(count_parameters(study.result.model), folder.path)
+        folder.write_config(replace(config, out=None).to_yaml())
     except BaseException:
         folder.discard()
         raise
@@ -93,33 +97,40 @@ def fit(config: Config) -> Result:
     began = time.perf_counter()
     try:
         with report.Progress(folder) as progress:
-            trainer.run(progress)
+            study.run(progress)
         found["train_seconds"] = round(time.perf_counter() - began, 2)
-        _, found["test_accuracy"] = evaluate(model, held["test"], device, config.amp)
+        _, found["test_accuracy"] = evaluate(study.result.model, held["test"], device, config.amp)
     except KeyboardInterrupt as error:
         found["status"], failure = "interrupted", error
     except torch.OutOfMemoryError:
         found["status"] = "failed"
-        failure = ValueError(f"the memory of {device} is too small: a smaller --batch-size or --amp bf16 may help")
+        remedy = "a smaller --batch-size with --grad-accum, --checkpointing or --amp bf16 may help"
+        failure = ValueError(f"the memory of {device} is too small: {remedy}")
     except (OSError, RuntimeError) as error:
         found["status"], failure = "failed", error
     except DivergedError as error:
-        kept = "the best epoch before is saved" if trainer.best else "nothing is saved"
+        kept = "the best epoch before is saved" if study.result.best else "nothing is saved"
         found["status"], failure = "diverged", ValueError(f"{error}: {kept}; a lower --lr or --clip-grad 1 may help")
 
     found.setdefault("train_seconds", round(time.perf_counter() - began, 2))
+    result = study.result
+    model, trainer = result.model, result.trainer
     found["epochs"] = trainer.epoch
     if trainer.best:
-        found |= {"best_epoch": trainer.best.epoch, "val_accuracy": trainer.best.val_accuracy}
+        found["best_epoch"] = trainer.best.epoch
+    if (judged := study.chosen.best) and judged.val_accuracy is not None:
+        found["val_accuracy"] = judged.val_accuracy
     if trainer.best or found["status"] != "diverged":
         found["adapter_file_bytes"] = save(
             model.eval(), folder.adapter, backbone=backbone.origin, class_names=data.classes, data_config=data_config
         )
     parameters = count_parameters(model)  # phases may have changed them
     found |= {
+        "retrained": result.retrained,
+        **({"settings": result.settings, "trials": [_described(each) for each in study.judged]} if config.grid else {}),
         "parameters": {kind: getattr(parameters, kind) for kind in _COUNTS},
         **({"widths": trainer.widths} if any(trainer.widths) else {}),
-        "images_per_second": round(trainer.images / max(trainer.seconds, 1e-9), 1),
+        "images_per_second": round(study.images / max(study.seconds, 1e-9), 1),
         "peak_memory_mb": _peak_memory_mb(device),
         "seed": config.seed,
         "device": str(device),
@@ -127,22 +138,23 @@ def fit(config: Config) -> Result:
     }
     folder.write_summary(found)
     if trainer.rows:
-        folder.write_curves(curves.draw(trainer.rows, found))
+        again = trainer.rows if result.retrained else ()
+        folder.write_curves(curves.draw(study.chosen.trainer.rows, found, again))
     if "widths" in found:
         folder.write_widths(curves.draw_widths(trainer.widths))
-    report.closing(found, backbone, folder)
+    report.closing(config, found, folder)
+    if "adapter_file_bytes" in found and not brief:
+        report.how_to_load(backbone, folder)
     if failure:
         raise failure
     return Result(model, found, folder.path)
 
 
-def reset_head(model: nn.Module, classes: int, init: str) -> None:
-    """A new head for so many classes, with one of `HEAD_INITS`."""
-    model.reset_classifier(classes)
-    if init == "zero":
-        with torch.no_grad():
-            for tensor in head_tensors(model).values():
-                tensor.zero_()
+def _described(trial: Trial) -> dict[str, Any]:
+    """A training of a grid for the summary."""
+    best = trial.best
+    scores = {} if best is None else {"best_epoch": best.epoch, "val_accuracy": best.val_accuracy}
+    return {"settings": trial.settings, "status": trial.status, **scores}
 
 
 def show(config: Config, path: str | os.PathLike) -> None:

@@ -45,6 +45,19 @@ RECIPES = {
             "full": {"lr": 5e-4},
         },
     ),
+    "minitab": Recipe(
+        description="the default for minitab's tasks where no --model is given: the embedded small ViT; nothing is "
+        "augmented, since some tasks ask where a sign is and how it is turned",
+        source="tuned on the validation images of minitab",
+        options={"rank": 8},
+        settings={"epochs": 30, "warmup_epochs": 3, "batch_size": 64, "lr": 5e-3, "weight_decay": 1e-4},
+        by_method={
+            "arc": {"lr": 2e-2, "rank": 16},
+            "mimi": {"sigma": 4},
+            "consolidator": {"groups": (64,), "drop_path": 0.0},
+            "full": {"lr": 5e-4},
+        },
+    ),
     "general": Recipe(
         description="the default with --model",
         source="the defaults above; full fine-tuning at a tenth of their learning rate",
@@ -104,8 +117,7 @@ RECIPES = {
     "consolidator-vtab": Recipe(
         description="Consolidator, as on VTAB-1k; learning rate, weight decay and drop-path are in the middle of what "
         "each task chooses from (5e-4 to 1e-2, 0 to 0.1, 0 to 0.8)",
-        source="Hao et al., Consolidator, ICLR 2023, and its published code, which never shuffles, warms up from 1e-6 "
-        "and ends at 1e-5, where this schedule has 0",
+        source="Hao et al., Consolidator, ICLR 2023, and its published code, which never shuffles",
         checkpoint="vit_base_patch16_224.orig_in21k",
         method="consolidator",
         options={"groups": (384,), "shuffle": False, "drop_path": 0.5},
@@ -114,10 +126,37 @@ RECIPES = {
             "warmup_epochs": 10,
             "batch_size": 64,
             "lr": 2e-3,
+            "warmup_lr": 1e-6,
+            "min_lr": 1e-5,
             "weight_decay": 1e-2,
             "backbone_drop_path": 0.1,
             "augmentation": "none",
             "squash": True,
+        },
+    ),
+    "mimi": Recipe(
+        description="MiMi, as on DomainNet and VTAB-1k: 4 phases of 80 epochs, each with half of the neurons before it",
+        source="Marouf et al., Mini but Mighty, WACV 2024, and its published code",
+        checkpoint="swin_tiny_patch4_window7_224.ms_in1k",
+        method="mimi",
+        options={"sigma": 8, "prune": 0.5, "phases": 4, "score": "paper", "init": "trunc_normal"},
+        settings={
+            "epochs": 320,
+            "warmup_epochs": 20,
+            "batch_size": 128,
+            "lr": 5e-4,
+            "lr_base_size": 512,
+            "warmup_lr": 5e-7,
+            "min_lr": 5e-6,
+            "weight_decay": 0.05,
+            "clip_grad": 5.0,
+            "label_smoothing": 0.1,
+            "backbone_drop_path": 0.1,
+            "augmentation": "random-resized-crop",
+            "auto_augment": "rand-m9-mstd0.5-inc1",
+            "random_erasing": 0.25,
+            "mixup": 0.8,
+            "cutmix": 1.0,
         },
     ),
     "seed-project": Recipe(

@@ -2,25 +2,27 @@
 
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from ..data.samples import Data
 from ..parameters import Summary
 from .backbone import Backbone
 from .config import Config
-from .data import Data
 from .loop import Trainer
 from .run_folder import RunFolder
+from .study import Trial
 
 
 def reading(config: Config) -> None:
     """Before a large folder keeps one waiting."""
     if config.data is not None:
-        _say("data", f"reading {config.data} ...")
+        name = f" {config.dataset}" if config.dataset else ""
+        _say("data", f"reading{name} {config.data} ...")
 
 
 def splits(data: Data) -> None:
@@ -39,7 +41,16 @@ def opening(config: Config, data: Data, backbone: Backbone, data_config: dict[st
     _say("images", f"{height} x {width}, {data_config['interpolation']}, mean {mean}, std {std}")
     _say("backbone", backbone.description)
     amp = "" if config.amp == "none" else f", {config.amp}"
-    _say("training", f"{config.epochs} epochs, batch {config.batch_size}, lr {config.lr:g} on {device}{amp}")
+    batch = f"batch {config.batch_size}" + (f" x {config.grad_accum}" if config.grad_accum > 1 else "")
+    _say("training", f"{config.epochs} epochs, {batch}, lr {config.peak_lr:g} on {device}{amp}")
+    names = " and ".join(config.grid or ())
+    chosen = f"{len(config.trials())} trainings choose {names}" if names else "validation chooses the epoch"
+    if config.select == "last":
+        chosen = chosen if names else "every epoch is trained"
+    if config.retrain:
+        chosen += f"; then one on all {len(data.train) + len(data.val)} images of train and val"
+    if names or config.retrain:
+        _say("protocol", chosen)
 
 
 def attached(parameters: Summary, folder: Path) -> None:
@@ -63,6 +74,9 @@ class Progress:
         self.folder = folder
         self.on_terminal = sys.stderr.isatty()
         self.bar: tqdm | None = None
+        self.number = 0  # of the training
+        self.former: list[dict[str, Any]] = []  # rows of the trainings before it
+        self.rows: list[dict[str, Any]] = []  # and of all
 
     def __enter__(self) -> "Progress":
         return self
@@ -71,10 +85,19 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
+    def training(self, number: int, count: int, trial: Trial) -> None:
+        self.number = number
+        if count > 1:
+            settings = ", ".join(f"{name} {chosen}" for name, chosen in trial.settings.items())
+            what = ("on train and val" + (f": {settings}" if settings else "")) if trial.retrained else settings
+            tqdm.write(f"{f'{number} of {count}':<9} {what or 'on train, judged on val'}")
+
     def start(self, phases: list[int], steps: int) -> None:
         self.epochs, self.phases = sum(phases), len(phases)
         if self.phases > 1:
             _say("phases", f"{self.phases}: {' + '.join(map(str, phases))} = {self.epochs} epochs")
+        if self.bar is not None:
+            self.bar.close()
         columns = shutil.get_terminal_size().columns  # 80 where a terminal has no size, as in some containers
         self.bar = tqdm(total=self.epochs * steps, unit="batch", disable=not self.on_terminal, ncols=columns)
 
@@ -87,28 +110,42 @@ class Progress:
         self.bar.update()
 
     def epoch(self, row: dict[str, Any], trainer: Trainer) -> None:
-        self.folder.write_metrics(trainer.rows)
-        self.folder.write_checkpoint(trainer.checkpoint())
+        if len(trainer.rows) == 1:
+            self.former = self.rows
+        self.rows = self.former + [{"training": self.number, **each} for each in trainer.rows]
+        self.folder.write_metrics(self.rows)
+        self.folder.write_checkpoint({"training": self.number, **trainer.checkpoint()})
         phase = f"phase {row['phase']}  " if self.phases > 1 else ""
-        accuracy = f"val {100 * row['val_accuracy']:.2f} %"
+        judged = row["val_accuracy"] is not None
+        accuracy = f"val {_percent(row['val_accuracy'])}" if judged else f"loss {row['train_loss']:.4f}"
         self.bar.set_description(f"{phase}epoch {row['epoch']}/{self.epochs}, {accuracy}")
         if not self.on_terminal:
-            losses = f"loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  {accuracy}"
-            best = "  best" if trainer.best.epoch == row["epoch"] else ""
+            losses = f"loss {row['train_loss']:.4f}"
+            if judged:
+                losses += f"  val loss {row['val_loss']:.4f}  {accuracy}"
+            best = "  best" if judged and trainer.best.epoch == row["epoch"] else ""
             print(f"{phase}epoch {row['epoch']:>3}/{self.epochs}  {losses}  {row['seconds']:.1f} s{best}", flush=True)
 
 
-def closing(found: dict[str, Any], backbone: Backbone, folder: RunFolder) -> None:
-    """How it ended, as a small table, and how to use what it left."""
+def closing(config: Config, found: dict[str, Any], folder: RunFolder) -> None:
+    """How it ended, as a small table."""
     rows = []
     if "test_accuracy" in found:
+        how = "trained again on train and val up to epoch" if found["retrained"] else f"{config.select} epoch"
         rows.append(
-            ("test accuracy", _percent(found["test_accuracy"]), f"{found['method']}, best epoch {found['best_epoch']}")
+            ("test accuracy", _percent(found["test_accuracy"]), f"{found['method']}, {how} {found['best_epoch']}")
         )
     elif "val_accuracy" in found:
         rows.append(
-            ("val accuracy", _percent(found["val_accuracy"]), f"{found['status']}; best epoch {found['best_epoch']}")
+            (
+                "val accuracy",
+                _percent(found["val_accuracy"]),
+                f"{found['status']}; {config.select} epoch {found['best_epoch']}",
+            )
         )
+    if found.get("settings") and "val_accuracy" in found:
+        settings = ", ".join(f"{name} {chosen}" for name, chosen in found["settings"].items())
+        rows.append(("chosen", _percent(found["val_accuracy"]), f"on val by {settings}"))
     if "linear_probe_accuracy" in found:
         rows.append(("linear probe", _percent(found["linear_probe_accuracy"]), "on the frozen backbone's features"))
     if "backbone_accuracy" in found:
@@ -127,17 +164,40 @@ def closing(found: dict[str, Any], backbone: Backbone, folder: RunFolder) -> Non
     print()
     for name, number, text in rows:
         print(f"{name:<19} {number:>{width}}   {text}")
-    if "adapter_file_bytes" in found:
-        print(f"\n{_how_to_load(backbone, folder.adapter)}", flush=True)
+
+
+def how_to_load(backbone: Backbone, folder: RunFolder) -> None:
+    """The lines of Python that use what a run left."""
+    lines = ["In Python:", *backbone.code, f"vitadapter_ext.load(model, {str(folder.adapter)!r}).eval()"]
+    print("\n" + "\n    ".join(lines), flush=True)
+
+
+def task(number: int, count: int, name: str, group: str) -> None:
+    """Before each task of a suite."""
+    print(f"\n{number} of {count}: {name} ({group})", flush=True)
+
+
+def done_before(summary: dict[str, Any], folder: Path) -> None:
+    """A task that has its result already."""
+    _say("result", f"test accuracy {_percent(summary['test_accuracy'])}, found in {folder}/")
+
+
+def skipped(why: str) -> str:
+    """A task that cannot be run; returns why."""
+    _say("no result", why)
+    return why
+
+
+def suite(table: str, notes: Sequence[str], folder: Path) -> None:
+    """All results of a suite."""
+    print(f"\n{table}")
+    for note in notes:
+        print(note)
+    _say("results", str(folder / "results.md"))
 
 
 def _alive(widths: Mapping[str, int]) -> int:
     return sum(width > 0 for width in widths.values())
-
-
-def _how_to_load(backbone: Backbone, adapter: Path) -> str:
-    lines = ["In Python:", *backbone.code, f"vitadapter_ext.load(model, {str(adapter)!r}).eval()"]
-    return "\n    ".join(lines)
 
 
 def _percent(share: float) -> str:
