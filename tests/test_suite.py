@@ -13,7 +13,7 @@ import yaml
 
 from tests import layouts
 from vitadapter_ext import cli
-from vitadapter_ext.data import catalog
+from vitadapter_ext.data import catalog, minitab
 from vitadapter_ext.train import suite as suite_module
 from vitadapter_ext.train.__main__ import main
 from vitadapter_ext.train.suite import Results, run_suite
@@ -236,3 +236,19 @@ def test_bad_input_is_one_sentence(argv, tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and BAD[argv] in err
     assert not list(tmp_path.iterdir())
+
+
+def test_minitab_with_arc_needs_no_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(main, ["--suite", "minitab", "--method", "arc", "--epochs", "1"]) == 0
+    summary = json.loads((tmp_path / "runs" / "minitab-arc" / "summary.json").read_text())
+    groups = catalog.SUITES["minitab"].groups
+    assert list(summary["test_accuracy"]) == list(groups) == list(minitab.TASKS)
+    assert all(minitab.TASKS[task].group == group for task, group in groups.items())
+    assert not summary["missing"] and not summary["failed"]
+    out = capsys.readouterr().out
+    for name in ("tasks", "groups"):
+        assert f"**{100 * summary[f'mean_over_{name}']:.2f}**" in out
+    assert "mean over 8 tasks" in out and "mean over 3 groups" in out
+    assert out.count("trained again on train and val") == 8
+    assert json.loads((tmp_path / "runs/minitab-arc/scans/summary.json").read_text())["test_accuracy"] > 1.5 / 26
