@@ -84,8 +84,8 @@ def test_retraining_sees_train_and_val_for_the_chosen_epochs(pictures, tmp_path,
     assert rates[0] == pytest.approx(0.01 * (len(again.train) - 0.5) / (2.5 * len(again.train)))
     assert all(row["val_accuracy"] == "" for row in rows_of(result.folder) if row["training"] == "2")
     out = capsys.readouterr().out
-    assert "then one on all 34 images of train and val" in out
-    assert f"trained again on train and val up to epoch {chosen}" in out
+    assert "val chooses the epoch in 1 training, then one training on all 34 images of train and val" in out
+    assert f"adapter, train and val together, epoch {chosen}\n" in out
     assert result.model is again.model and (result.folder / "curves.png").is_file()
 
 

@@ -250,5 +250,5 @@ def test_minitab_with_arc_needs_no_data(tmp_path, monkeypatch, capsys):
     for name in ("tasks", "groups"):
         assert f"**{100 * summary[f'mean_over_{name}']:.2f}**" in out
     assert "mean over 8 tasks" in out and "mean over 3 groups" in out
-    assert out.count("trained again on train and val") == 8
+    assert out.count("arc, train and val together, epoch 1\n") == 8
     assert json.loads((tmp_path / "runs/minitab-arc/scans/summary.json").read_text())["test_accuracy"] > 1.5 / 26

@@ -43,14 +43,16 @@ def opening(config: Config, data: Data, backbone: Backbone, data_config: dict[st
     amp = "" if config.amp == "none" else f", {config.amp}"
     batch = f"batch {config.batch_size}" + (f" x {config.grad_accum}" if config.grad_accum > 1 else "")
     _say("training", f"{config.epochs} epochs, {batch}, lr {config.peak_lr:g} on {device}{amp}")
-    names = " and ".join(config.grid or ())
-    chosen = f"{len(config.trials())} trainings choose {names}" if names else "validation chooses the epoch"
-    if config.select == "last":
-        chosen = chosen if names else "every epoch is trained"
-    if config.retrain:
-        chosen += f"; then one on all {len(data.train) + len(data.val)} images of train and val"
-    if names or config.retrain:
-        _say("protocol", chosen)
+    if config.grid or config.retrain:
+        _say("protocol", _protocol(config, len(data.train) + len(data.val)))
+
+
+def _protocol(config: Config, images: int) -> str:
+    """What is chosen on validation images, and what becomes of it."""
+    names = [*(config.grid or ()), *(["the epoch"] if config.select == "best" else [])]
+    choice = f"val chooses {' and '.join(names)} in {_counted(len(config.trials()), 'training')}" if names else ""
+    final = f"one training on all {images:,} images of train and val" if config.retrain else ""
+    return ", then ".join(filter(None, (choice, final)))
 
 
 def attached(parameters: Summary, folder: Path) -> None:
@@ -131,7 +133,7 @@ def closing(config: Config, found: dict[str, Any], folder: RunFolder) -> None:
     """How it ended, as a small table."""
     rows = []
     if "test_accuracy" in found:
-        how = "trained again on train and val up to epoch" if found["retrained"] else f"{config.select} epoch"
+        how = "train and val together, epoch" if found["retrained"] else f"{config.select} epoch"
         rows.append(
             ("test accuracy", _percent(found["test_accuracy"]), f"{found['method']}, {how} {found['best_epoch']}")
         )
@@ -198,6 +200,10 @@ def suite(table: str, notes: Sequence[str], folder: Path) -> None:
 
 def _alive(widths: Mapping[str, int]) -> int:
     return sum(width > 0 for width in widths.values())
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count > 1 else ''}"
 
 
 def _percent(share: float) -> str:
