@@ -177,3 +177,52 @@ def test_cifar_that_is_not_there(tmp_path):
     (tmp_path / "cifar-10-batches-py" / "test_batch").unlink()
     refused("has training images but no test_batch", read_cifar, tmp_path, "cifar10")
     refused("unknown CIFAR data set 'cifar1000': did you mean 'cifar100'", read_cifar, tmp_path, "cifar1000")
+
+
+# Small files that would take all memory, all time, or the stack of a reader that trusts them.
+_SHARED = b"\x80\x02)" + b"2\x86" * 60  # tuples of two of the same, sixty deep
+BOMBS = {
+    "memo": b"\x80\x02Nr\xff\xff\xff\x7f.",
+    "key": b"\x80\x02}" + _SHARED[2:] + b"Ns.",
+    "keys": b"\x80\x02}(" + _SHARED[2:] + b"Nu.",
+    "dict": b"\x80\x02(" + _SHARED[2:] + b"Nd.",
+    "deep key": b"\x80\x02}" + b")" + b"\x85" * 1_000_000 + b"Ns.",
+    "set": b"\x80\x04\x8f(" + _SHARED[2:] + b"\x90.",
+    "frozenset": b"\x80\x04(" + _SHARED[2:] + b"\x91.",
+    "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2**62) + b".",
+    "bytes": b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b".",
+    "encoding": b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00a" + _SHARED[2:] + b"\x86R.",
+    "extension": b"\x80\x02\x82\x01.",
+    "escape": b"\x80\x02F\x1b[2J\n.",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_small_files_stay_small(tmp_path, bomb):
+    write_cifar(tmp_path, "cifar10")
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(BOMBS[bomb])
+    with pytest.raises(ValueError) as error:
+        read_cifar(tmp_path, "cifar10")
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("shape", [(2_000_000_000, b"x"), (10**18, b"x"), (b"x", 3072), (2, 3071), (True, 3072)])
+def test_a_shape_that_is_none_is_refused(tmp_path, shape):
+    class Array:
+        def __reduce__(self):
+            reconstruct = np.zeros(0, np.uint8).__reduce__()[0]
+            return reconstruct, (np.ndarray, (0,), b"b"), (1, shape, np.dtype("u1"), False, b"x" * 10)
+
+    write_cifar(tmp_path, "cifar10")
+    content = pickle.dumps({b"data": Array(), b"labels": [0, 1]}, protocol=2)
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(content)
+    refused(r"test_batch.* array of ", read_cifar, tmp_path, "cifar10")
+
+
+def test_part_of_the_training_files_is_said(tmp_path):
+    assert (
+        "has 2 of 5 files of training images"
+        in read_cifar(write_cifar(tmp_path, "cifar10", batches=2), "cifar10").notes[1]
+    )
+    whole = read_cifar(write_cifar(tmp_path / "whole", "cifar10", train=20, batches=5), "cifar10")
+    assert not any(" of 5 files" in note for note in whole.notes)

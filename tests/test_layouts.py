@@ -23,8 +23,9 @@ from vitadapter_ext import cli
 from vitadapter_ext.data import catalog, domainnet, fgvc, vtab1k
 from vitadapter_ext.data.domainnet import read_domainnet
 from vitadapter_ext.data.fgvc import read_fgvc
+from vitadapter_ext.data.images import open_rgb
 from vitadapter_ext.data.lists import read_lists
-from vitadapter_ext.data.samples import MissingDataError
+from vitadapter_ext.data.samples import MissingDataError, hold_out
 from vitadapter_ext.data.vtab1k import read_vtab1k
 from vitadapter_ext.train.__main__ import main
 
@@ -439,6 +440,58 @@ def test_domainnet_is_refused_in_one_sentence(tmp_path, case):
 def test_a_domain_that_is_not_there_is_missing_data(tmp_path):
     write_domainnet(tmp_path, "real", {3: "bus", 4: "axe"})
     refused("none of the lists sketch_train.txt, sketch", read_domainnet, tmp_path, "sketch", kind=MissingDataError)
+
+
+# What all share -------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_runs_no_program(tmp_path, monkeypatch):
+    write_lists(tmp_path / "data", ["a", "b"], train=200)
+    mark = tmp_path / "ran"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {mark}\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    picture = next((tmp_path / "data" / "images" / "train").iterdir())
+    picture.write_bytes(eps)
+    data = read_lists(tmp_path / "data")
+    assert f"{picture.name} (not an image)" in data.notes[0] and not mark.exists()
+    with pytest.raises(OSError, match="cannot identify"):
+        open_rgb(picture)
+    assert not mark.exists()
+
+
+def test_what_a_list_has_twice_is_taken_once(tmp_path):
+    root = write_lists(tmp_path, ["a", "b"], val=0)
+    once = read_lists(root)
+    text = (root / "train.txt").read_text()
+    (root / "train.txt").write_text(text + text)
+    twice = read_lists(root)
+    assert "images that train lists again are left out: 40" in twice.notes
+    for split in ("train", "val", "test"):
+        assert getattr(twice, split).samples == getattr(once, split).samples
+    (root / "train.txt").write_text(text + text.splitlines()[0].rsplit(" ", 1)[0] + " b\n")
+    refused("train lists images/train/000000.jpg with two labels", read_lists, root)
+
+
+def test_images_that_choose_and_test_are_noted(tmp_path):
+    root = write_lists(tmp_path, ["a", "b"])
+    (root / "test.txt").write_text((root / "val.txt").read_text())
+    assert "images of test that are in val too: 8" in read_lists(root).notes
+
+
+def test_what_is_held_out_is_shuffled_the_same_way_for_good():
+    keys = [f"images/{row:03}.jpg" for row in range(40)]
+    train, val = hold_out(keys, [row % 2 for row in range(40)], 1)
+    assert val == [1, 18, 29, 30, 35, 36] and sorted(train + val) == list(range(40))
+
+
+@pytest.mark.parametrize("folder", ["dtd_47", "svhn_10", "oxford_iiit_pets_37", "smallnorb_azi_18", "clevr_count_8"])
+def test_vtab_folders_with_their_number_of_classes(tmp_path, folder):
+    task = next(name for name, task in vtab1k.TASKS.items() if task.is_called(folder))
+    assert task.split("_")[0] in folder
+    assert [name for name, task in vtab1k.TASKS.items() if task.is_called(folder)] == [task]
 
 
 # The command line --------------------------------------------------------------------------------------------------

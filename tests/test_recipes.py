@@ -3,8 +3,6 @@
 The numbers are written out here a second time, by hand, so that neither table can drift alone.
 """
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -139,7 +137,6 @@ def test_two_steps_on_its_own_architecture(name, monkeypatch):
     study = Study(config, backbone.model, data, data_config, val, CPU)
     trainer = study.trials[0].trainer
     for group in trainer.optimizer.param_groups:
-        assert group["lr"] == 0 or math.isfinite(group["lr"])
         assert all(group["weight_decay"] == (paper["decay"] if t.ndim > 1 else 0) for t in group["params"])
     assert type(trainer.optimizer).__name__ == paper["optimizer"]
 
@@ -171,7 +168,7 @@ def test_two_steps_on_its_own_architecture(name, monkeypatch):
 
 
 def check_augmentation(name, augmentation, study):
-    moved, recoloured, as_tensor = study.transforms[0].transforms
+    moved, recoloured, as_tensor = study.trials[0].trainer.train.dataset.transform.transforms
     kinds = [type(step).__name__ for step in moved.transforms]
     _, height, width = study.data_config["input_size"]
     if augmentation == "none":

@@ -16,6 +16,7 @@ from vitadapter_ext import cli
 from vitadapter_ext.data import catalog, minitab
 from vitadapter_ext.train import suite as suite_module
 from vitadapter_ext.train.__main__ import main
+from vitadapter_ext.train.loop import Trainer
 from vitadapter_ext.train.suite import Results, run_suite
 
 TRAIN = [sys.executable, "-m", "vitadapter_ext.train"]
@@ -252,3 +253,85 @@ def test_minitab_with_arc_needs_no_data(tmp_path, monkeypatch, capsys):
     assert "mean over 8 tasks" in out and "mean over 3 groups" in out
     assert out.count("arc, train and val together, epoch 1\n") == 8
     assert json.loads((tmp_path / "runs/minitab-arc/scans/summary.json").read_text())["test_accuracy"] > 1.5 / 26
+
+
+def test_what_no_run_wrote_is_not_removed(tmp_path):
+    root = domainnet(tmp_path / "data", ("clipart", "real"))
+    for task, make in (("clipart", Path.mkdir), ("real", Path.touch)):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "suite.yaml").touch()
+        make(tmp_path / "out" / task)
+    (tmp_path / "out" / "clipart" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="no task of domainnet has a result"):
+        run_suite("domainnet", data=root, out=tmp_path / "out", **QUICK)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert "holds notes.txt, which is of no run" in summary["failed"]["clipart"]
+    assert "is no folder of a run" in summary["failed"]["real"]
+    assert (tmp_path / "out" / "clipart" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"status": "finished"}', '{"status": "failed"}'])
+def test_a_damaged_summary_is_made_again(tmp_path, text):
+    root = domainnet(tmp_path / "data", ("real",))
+    run_suite("domainnet", data=root, out=tmp_path / "out", **QUICK)
+    (tmp_path / "out" / "real" / "summary.json").write_text(text)
+    (tmp_path / "out" / "real" / ".vitadapter-0123").touch()  # of a killed process
+    assert list(run_suite("domainnet", data=root, out=tmp_path / "out", **QUICK).found) == ["real"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "suite: domainnet"])
+def test_a_damaged_suite_file_is_one_sentence(tmp_path, text):
+    root = domainnet(tmp_path / "data", ("real",))
+    run_suite("domainnet", data=root, out=tmp_path / "out", **QUICK)
+    (tmp_path / "out" / "suite.yaml").write_text(text)
+    with pytest.raises(ValueError, match="its suite.yaml is damaged"):
+        run_suite("domainnet", data=root, out=tmp_path / "out", **QUICK)
+
+
+def test_a_lock_left_behind_is_no_obstacle(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").touch()
+    root = domainnet(tmp_path / "data", ("real",))
+    assert list(run_suite("domainnet", data=root, out=tmp_path / "out", **QUICK).found) == ["real"]
+
+
+def test_the_table_keeps_what_was_found_before(tmp_path, monkeypatch):
+    root = domainnet(tmp_path / "data", ("clipart", "real"))
+    (root / "clipart_test.txt").write_text("nowhere.jpg 3\n")
+    with pytest.raises(ValueError, match="clipart of domainnet failed"):
+        run_suite("domainnet", data=root, out=tmp_path / "out", **QUICK)
+
+    def stop(config):
+        if config.dataset == "domainnet/infograph":
+            raise KeyboardInterrupt
+        return read_data(config)
+
+    read_data = suite_module.read_data
+    monkeypatch.setattr(suite_module, "read_data", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite("domainnet", data=root, out=tmp_path / "out", **QUICK)
+    assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["test_accuracy"]) == ["real"]
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_an_error_in_the_training_of_one_task_fails_it_alone(tmp_path, monkeypatch, kind):
+    step = Trainer._train_step
+
+    def fail(trainer, batches, *more):
+        if trainer.config.dataset == "domainnet/clipart":
+            raise kind("a worker is killed")
+        return step(trainer, batches, *more)
+
+    monkeypatch.setattr(Trainer, "_train_step", fail)
+    root = domainnet(tmp_path / "data", ("clipart", "real"))
+    with pytest.raises(ValueError, match="clipart of domainnet failed"):
+        run_suite("domainnet", data=root, out=tmp_path / "out", **QUICK)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["failed"] == {"clipart": "a worker is killed"} and list(summary["test_accuracy"]) == ["real"]
+    assert (tmp_path / "out" / "clipart" / "adapter.safetensors").is_file()
+
+
+def test_a_root_that_is_not_there_is_said_once(tmp_path):
+    with pytest.raises(ValueError, match="^the data folder .*nowhere does not exist$"):
+        run_suite("domainnet", data=tmp_path / "nowhere", out=tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()

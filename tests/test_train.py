@@ -21,6 +21,7 @@ from tests.vits import ARCHITECTURES, make, randomise
 from tests.vits import METHODS as METHODS_OF_THE_TESTS
 from vitadapter_ext.files import read
 from vitadapter_ext.methods import METHODS
+from vitadapter_ext.sites import find_blocks
 from vitadapter_ext.train import Config, baselines, configure, fit
 from vitadapter_ext.train import pipeline as pipeline_module
 from vitadapter_ext.train.data import evaluation_transform, loader, read_data
@@ -189,15 +190,19 @@ def test_mixing_trains_and_is_drawn_from_the_seed():
 @pytest.mark.parametrize("method", ["houlsby", "arc", "mimi", "consolidator"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_activation_checkpointing_changes_no_gradient(architecture, method):
-    gradients = []
+    blocks, gradients = list(find_blocks(make(architecture))), []
     for checkpointing in (False, True):
         seed_everything(1)
         model = va.attach(make(architecture), replace(METHODS_OF_THE_TESTS[method], **DROPPED[method])).train()
         randomise(trainable(model).values())
         model.set_grad_checkpointing(checkpointing)
         size = ARCHITECTURES[architecture][1]["img_size"]
+        calls = []
+        for name in blocks:
+            model.get_submodule(name).register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         # What is dropped is drawn again in the backward pass.
         nn.functional.cross_entropy(model(torch.randn(4, 3, size, size)), torch.tensor([0, 1, 2, 0])).backward()
+        assert len(calls) == (2 if checkpointing else 1) * len(blocks)
         gradients.append({name: tensor.grad for name, tensor in trainable(model).items()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-6, atol=1e-8, msg=name)

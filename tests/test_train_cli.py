@@ -24,7 +24,7 @@ from vitadapter_ext.methods import METHODS
 from vitadapter_ext.train import Config, configure
 from vitadapter_ext.train.__main__ import main
 from vitadapter_ext.train.backbone import create
-from vitadapter_ext.train.config import field_hints
+from vitadapter_ext.train.config import field_hints, on_top
 from vitadapter_ext.train.recipes import RECIPES
 
 TRAIN = [sys.executable, "-m", "vitadapter_ext.train"]
@@ -115,6 +115,10 @@ BAD = {
     "--warmup-lr -1": "--warmup-lr must be from 0 to the highest learning rate, 0.005, got -1",
     "--grad-accum 0": "--grad-accum must be at least 1",
     "--lr-base-size 0": "--lr-base-size must be at least 1",
+    "--train-split foo": "--train-split is for timm's data sets",
+    "--test-split foo": "--test-split is for timm's data sets",
+    "--mixup 0.8 --batch-size 1": "--batch-size must be at least 2",
+    "--rank 300000000": "the memory of cpu is too small",
     "--select first": "unknown select 'first': known: best, last",
     "--select last --patience 3": "--patience ends at the best epoch, and --select last takes none",
     "--grid lr": "--grid takes settings and their values",
@@ -485,8 +489,8 @@ def test_recipes_run(command, pictures, tmp_path, recipe):
 
 
 FILES = {
-    "rnk: 3": "unknown setting in run.yaml 'rnk': did you mean 'rank'?",
-    "learning_rate: 3": "unknown setting in run.yaml 'learning_rate'",
+    "rnk: 3": "unknown setting 'rnk' in run.yaml: did you mean 'rank'?",
+    "learning_rate: 3": "unknown setting 'learning_rate' in run.yaml",
     "{": "run.yaml is not YAML",
     "- lr": "run.yaml must hold settings such as 'lr: 0.01'",
     "": "run.yaml must hold settings such as 'lr: 0.01'",
@@ -497,6 +501,12 @@ FILES = {
     "!!python/object/apply:os.mkdir [harm]": "run.yaml is not YAML",
     "\xff": "run.yaml is no text",
     "suite: vtab": "unknown suite 'vtab'",
+    "suite: [vtab]": "run.yaml must hold a name for suite, got ['vtab']",
+    "dataset: 5": "run.yaml must hold a name for dataset, got 5",
+    "recipe: [x]": "run.yaml must hold a name for recipe",
+    "method: [arc]": "run.yaml must hold a name for method",
+    "grid: {1: [2]}": "unknown setting of --grid '1'",
+    "batch-size: 3\nbatch_size: 4": "run.yaml has two values for batch_size",
 }
 
 
@@ -520,6 +530,12 @@ def test_the_command_line_stands_over_a_file_and_a_file_over_the_recipe(command,
     config = Config.from_yaml((tmp_path / "run" / "config.yaml").read_text())
     assert (config.lr, config.batch_size, config.method.rank) == (5e-3, 7, 3)
     assert (config.clip_grad, config.head_init, config.method.dropout) == (1.0, "zero", 0.1)  # the recipe's
+    # Options of a recipe's method in the file stay with it.
+    file.write_text(file.read_text().replace("method: arc\n", ""))
+    assert command("--config", file, "--method", "arc", "--out", tmp_path / "same")[0] == 0
+    assert Config.from_yaml((tmp_path / "same" / "config.yaml").read_text()).method.rank == 3
+    code, _, err = command("--config", file, "--recipe", "arc-fgvc")
+    assert code == 2 and "cannot go under the settings of a file that has the recipe arc-vtab" in err
     # Another method takes none of the file's options along.
     assert command("--config", file, "--method", "adapter", "--out", tmp_path / "other")[0] == 0
     config = Config.from_yaml((tmp_path / "other" / "config.yaml").read_text())
@@ -541,3 +557,20 @@ def test_a_policy_that_timm_lacks_is_refused_before_training(command, pictures, 
         )
         assert code == 2 and "--auto-augment takes a policy such as rand-m9-mstd0.5-inc1" in err and policy in err
         assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_for_a_suite_or_a_data_set_takes_the_place_of_the_files():
+    assert on_top({"suite": "vtab1k", "lr": 1}, {"dataset": "digits"}) == {"lr": 1, "dataset": "digits"}
+    assert on_top({"dataset": "digits", "lr": 1}, {"suite": "vtab1k"}) == {"lr": 1, "suite": "vtab1k"}
+    assert on_top({"rank": 4}, {"method": "adapter"}) == {"rank": 4, "method": "adapter"}
+
+
+def test_vtabs_protocol_is_the_default_of_its_tasks_with_every_backbone():
+    for given in ({"data": "x"}, {"data": "x", "model": "test_vit"}):
+        config = configure(dataset="vtab1k/dsprites_ori", **given)
+        assert (config.retrain, config.select, config.augmentation, config.squash) == (True, "last", "none", True)
+        assert not config.baselines
+    patient = configure(dataset="vtab1k/svhn", data="x", recipe="seed-project", weights="x.npz")
+    assert (patient.patience, patient.select, patient.retrain) == (10, "best", True)
+    assert configure(recipe="seed-project", select="last").patience is None
+    assert configure(dataset="fgvc/dogs120", data="x").retrain is False

@@ -4,6 +4,13 @@ import os
 import uuid
 from pathlib import Path
 
+_PREFIX = ".vitadapter-"
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether it is what a killed `write_atomically` left."""
+    return path.name.startswith(_PREFIX)
+
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     """Replaces `path` by `data`; where that fails (full disk, no permission) the old file stays whole.
@@ -12,7 +19,7 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
         OSError: with the path in it, after the temporary file is gone.
     """
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".vitadapter-{uuid.uuid4().hex}")
+    temporary = path.with_name(f"{_PREFIX}{uuid.uuid4().hex}")
     try:
         # Not tempfile's: its files are private, where a result has the permissions of the old file or of any new one.
         with open(temporary, "xb") as file:

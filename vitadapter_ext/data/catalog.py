@@ -92,6 +92,7 @@ def read(dataset: str | None, root: str | os.PathLike | None, **options: Any) ->
         MissingDataError: there is no such data set under the root.
         ValueError: it is there but cannot be used; one sentence says why.
     """
+    check(dataset, root)
     # Imported where they are used: together these take three seconds.
     family, _, task = (dataset or "").partition("/")
     if dataset == "digits" or (dataset is None and root is None):

@@ -10,11 +10,14 @@ pixels are taken from those notes and checked. 15 % of train is held out as val.
 The data: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
 
+import io
 import os
 import pickle
-from collections.abc import Mapping
+import struct
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -87,6 +90,8 @@ def read_cifar(root: str | os.PathLike, name: str) -> Data:
     labels = [label for rows in batches for label in rows.labels]
     whole = Rows(np.concatenate([rows.pixels for rows in batches]), labels)
     notes = [held_out_note("val images")]
+    if len(batches) < len(layout.train):
+        notes.append(f"{folder} has {len(batches)} of {len(layout.train)} files of training images")
     if (meta := folder / layout.meta).exists():
         classes = _read_names(meta, layout)
     else:
@@ -141,10 +146,11 @@ def _pixels(file: Path, data: Any) -> np.ndarray:
         rows, columns = shape
         kind = dtype.args[0]
         kind = kind.decode() if isinstance(kind, bytes) else kind
-        whole = isinstance(content, (bytes, bytearray)) and type(rows) is int and len(content) == rows * columns
+        sizes = type(rows) is int and type(columns) is int and columns == _ROW
+        whole = sizes and isinstance(content, bytes) and len(content) == rows * columns
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} has no array of pixels (N, {_ROW}) under the key data") from error
-    if kind not in ("u1", "|u1", "uint8", "B") or columns != _ROW or not whole or not rows:
+    if kind not in ("u1", "|u1", "uint8", "B") or not whole or not rows:
         raise ValueError(f"{file}: data is not an array of bytes (N, {_ROW})")
     return np.frombuffer(content, np.uint8).reshape(rows, _ROW, order="F" if fortran else "C")
 
@@ -154,11 +160,14 @@ def _load(file: Path) -> Mapping[str, Any]:
     try:
         with file.open("rb") as stream:
             # Python 2 wrote these files: what was text to it is bytes now.
-            found = _Unpickler(stream, encoding="bytes").load()
+            found = _Unpickler(io.BytesIO(stream.read()), encoding="bytes").load()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
     except _RefusedError as error:
         raise ValueError(f"{file} wants to run {error}, which no CIFAR file needs: refused") from error
     except Exception as error:  # damaged pickles raise nearly anything
-        raise ValueError(f"{file} is cut short or no pickle: {' '.join(str(error).split())}") from error
+        problem = " ".join(ascii(str(error))[1:-1].split()) or "it ends too early"
+        raise ValueError(f"{file} is cut short or no pickle: {problem}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds no dictionary")
     return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in found.items()}
@@ -199,8 +208,9 @@ class _Latin1:
     __slots__ = ()
 
     def __call__(self, text: str, encoding: str) -> bytes:
-        if encoding != "latin1":
-            raise _RefusedError(f"_codecs.encode with {encoding!a}")
+        if type(text) is not str or encoding != "latin1":
+            wanted = ascii(encoding) if type(encoding) is str and len(encoding) < 40 else "no encoding"
+            raise _RefusedError(f"_codecs.encode with {wanted}")
         return str.encode(text, "latin1")
 
 
@@ -213,10 +223,42 @@ _STAND_INS = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The one in Python: its memo is a dictionary, so that a small file cannot ask for a large one, and what it does
+    for each opcode can be narrowed."""
+
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):
             return _Latin1()
         if (module, name) not in _STAND_INS:
             raise _RefusedError(ascii(f"{module}.{name}")[1:-1])
         return _StandIn(name)
+
+    def _load_keyed(self, load: Callable[["_Unpickler"], None], keys: list) -> None:
+        # The hash of nested tuples can take for ever, or all of the stack.
+        if not all(isinstance(key, (str, bytes)) for key in keys):
+            raise ValueError("a key that is no text")
+        load(self)
+
+    def load_setitem(self) -> None:
+        self._load_keyed(pickle._Unpickler.load_setitem, self.stack[-2:-1])
+
+    def load_setitems(self) -> None:
+        self._load_keyed(pickle._Unpickler.load_setitems, self.stack[::2])
+
+    def load_dict(self) -> None:
+        self._load_keyed(pickle._Unpickler.load_dict, self.stack[::2])
+
+    def load_bytearray8(self) -> None:
+        # Read before there is room for it: a length may be any number.
+        (count,) = struct.unpack("<Q", self.read(8))
+        self.append(self.read(min(count, sys.maxsize)))
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+    for opcode in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        del dispatch[opcode[0]]

@@ -43,12 +43,13 @@ def _class_names(root: Path, entries: Mapping[str, list[Entry]], splits: Mapping
     for split, samples in splits.items():
         for entry, (path, label) in zip(entries[split], samples, strict=True):
             folders = path.relative_to(root).parts
-            if len(folders) < 3 or not folders[1].isprintable():
+            folder = folders[-2] if len(folders) > 2 else ""
+            if not folder or not folder.isprintable():
                 raise ValueError(f"{entry.where}: {shown(entry.path)} is not of the form domain/class/file.jpg")
-            name, first = names.setdefault(label, folders[1]), labels.setdefault(folders[1], label)
-            if (name, first) != (folders[1], label):
+            name, first = names.setdefault(label, folder), labels.setdefault(folder, label)
+            if (name, first) != (folder, label):
                 raise ValueError(
-                    f"{entry.where}: label {label} for {folders[1]}, but earlier "
-                    + (f"label {label} is {name}" if name != folders[1] else f"{folders[1]} has label {first}")
+                    f"{entry.where}: label {label} for {folder}, but earlier "
+                    + (f"label {label} is {name}" if name != folder else f"{folder} has label {first}")
                 )
     return [names.get(label, str(label)) for label in range(CLASSES)]

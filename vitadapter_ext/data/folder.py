@@ -49,8 +49,9 @@ def read_folder(folder: str | os.PathLike) -> Data:
             raise ValueError(
                 f"{listed(extra)} in the {name} folder of {root}, but not in its train folder: {_remedy(extra)}"
             )
+    index = {label: row for row, label in enumerate(classes)}
     splits: dict[str, list[Sample]] = {
-        name: [(path, classes.index(label)) for label, files in sorted(split.items()) for path in files]
+        name: [(path, index[label]) for label, files in sorted(split.items()) for path in files]
         for name, split in found.items()
     }
     notes = drop_unreadable(root, splits)

@@ -10,6 +10,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 
+# Pillow looks at what is in a file, not at its name, and would hand a PostScript one to Ghostscript: a program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
 MOST_UNREADABLE = 0.05  # of all images; more than that means that something is wrong with the data as a whole
 
 
@@ -18,7 +21,7 @@ def open_rgb(path: str | os.PathLike) -> Image.Image:
 
     16 bits are scaled to 8, transparency is laid on white, CMYK, palettes and grey are converted.
     """
-    with Image.open(path) as image:
+    with Image.open(path, formats=_FORMATS) as image:
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
 
@@ -45,7 +48,7 @@ def unreadable(paths: Sequence[Path]) -> dict[Path, str]:
 
 def _problem(path: Path) -> str:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             image.draft("RGB", (1, 1))
             image.load()
     except UnidentifiedImageError:  # its text repeats the path

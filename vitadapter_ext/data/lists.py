@@ -5,6 +5,7 @@ FOLDER/val.txt                       without it 15 % of train is held out
 FOLDER/classes.txt                   the names of the classes 0, 1, …, one a line; without it the labels name them
 """
 
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -206,7 +207,7 @@ def assemble(
             class that val is to be held out of.
     """
     trained = {label for _, label in splits["train"]}
-    notes = [*notes, *_shared(splits), *drop_unreadable(root, splits)]
+    notes = [*notes, *_once(root, splits), *_shared(splits), *drop_unreadable(root, splits)]
     for split, samples in splits.items():
         if not samples:
             raise ValueError(f"{root} has no readable image for {split}")
@@ -220,11 +221,30 @@ def assemble(
     return Data(name, tuple(classes), **{split: ImageFiles(splits[split]) for split in SPLITS}, notes=notes)
 
 
+def _once(root: Path, splits: dict[str, list[Sample]]) -> list[str]:
+    """Takes out of each split what it lists again, and says so.
+
+    Raises:
+        ValueError: a split lists an image with two labels.
+    """
+    notes = []
+    for split, samples in splits.items():
+        labels: dict[Path, int] = {}
+        for path, label in samples:
+            if labels.setdefault(path, label) != label:
+                raise ValueError(f"{root}: {split} lists {shown(os.path.relpath(path, root))} with two labels")
+        if len(labels) < len(samples):
+            notes.append(f"images that {split} lists again are left out: {len(samples) - len(labels)}")
+            splits[split] = list(labels.items())
+    return notes
+
+
 def _shared(splits: Mapping[str, Sequence[Sample]]) -> list[str]:
-    """Notes for images that are trained on and measured with."""
-    trained = {path for path, _ in splits["train"]}
-    counts = {split: sum(path in trained for path, _ in splits[split]) for split in splits if split != "train"}
-    return [f"images of {split} that are in train too: {count}" for split, count in counts.items() if count]
+    """Notes for images that two splits list."""
+    paths = {split: {path for path, _ in samples} for split, samples in splits.items()}
+    pairs = [(other, split) for split, other in itertools.combinations(paths, 2)]
+    counts = {pair: len(paths[pair[0]] & paths[pair[1]]) for pair in pairs}
+    return [f"images of {other} that are in {split} too: {count}" for (other, split), count in counts.items() if count]
 
 
 def shown(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,7 +83,7 @@ def drop_unreadable(root: Path, splits: dict[str, list[Sample]]) -> list[str]:
 def hold_out(keys: Sequence[str], labels: Sequence[int], count: int) -> list[list[int]]:
     """Splits images into those to train with and `count` held-out parts with 15 % of each class, one at least.
 
-    A hash of an image's key shuffles them: the same way everywhere, and a new image moves no other one.
+    A hash of an image's key shuffles them, the same way everywhere; a new image moves one other of its class at most.
 
     Args:
         keys: a name for each image that never changes, such as its path below the root.
@@ -171,6 +172,10 @@ class Task(NamedTuple):
         """All its names, as `plain` has them."""
         return {plain(name) for name in (self.name, *self.folders)}
 
+    def is_called(self, name: str) -> bool:
+        """Whether it goes by this name, also with its number of classes behind it, such as dtd_47."""
+        return plain(name) in self.names or plain(re.sub(r"_\d+$", "", name)) in self.names
+
 
 def plain(name: str) -> str:
     """The name without what people write differently: capitals, `-` and `_`."""
@@ -180,7 +185,7 @@ def plain(name: str) -> str:
 def find_task(suite: str, name: str, tasks: Mapping[str, Task]) -> Task:
     """The task that has this name, or a folder of this name; `ValueError` with the nearest one where none has."""
     for task in tasks.values():
-        if plain(name) in task.names:
+        if task.is_called(name):
             return task
     raise unknown(f"{suite} task", name, tasks)
 
@@ -193,7 +198,7 @@ def find_folder(root: str | os.PathLike, task: Task) -> Path:
         ValueError: there are several, and they are not links to one.
     """
     root = existing_folder(root)
-    found = sorted(path for path in root.iterdir() if plain(path.name) in task.names and path.is_dir())
+    found = sorted(path for path in root.iterdir() if task.is_called(path.name) and path.is_dir())
     if not found:
         names = ", ".join(dict.fromkeys((task.name, *task.folders)))
         raise MissingDataError(f"{root} has no folder for the task {task.name}: expected one of {names}")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -25,6 +25,9 @@ from .catalog import TIMM_PREFIXES
 from .images import open_rgb, to_rgb
 from .lists import read_names
 from .samples import Data, existing_folder, held_out_note, hold_out_rows
+
+# timm and torchvision open pictures themselves, and Pillow would run Ghostscript for one that is PostScript.
+EpsImagePlugin.gs_binary = False
 
 # A package that timm needs for a prefix, and what it is called where packages are installed from.
 _PACKAGES = {
@@ -88,9 +91,14 @@ def _open(name: str, root: str | None, split: str, **options: Any) -> Any:
     """timm's data set, its pictures as they come; every error as one sentence."""
     try:
         with _offline():
-            return create_dataset(name, root=root, split=split, download=False, input_img_mode="", **options)
+            found = create_dataset(name, root=root, split=split, download=False, input_img_mode="", **options)
     except Exception as error:
         raise ValueError(f"timm cannot read {name}, split {split!r}: {_sentence(error)}") from error
+    for shard in getattr(getattr(getattr(found, "reader", None), "split_info", None), "filenames", ()):
+        path = os.path.normpath(shard)
+        if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
+            raise ValueError(f"{name}, split {split!r}: {shard!r} leaves {root}: expected a file inside it")
+    return found
 
 
 def _sentence(error: Exception) -> str:

@@ -111,6 +111,7 @@ def _datasets() -> str:
     lines += textwrap.wrap(
         " ".join(names), _width(), initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
     )
+    lines.append("  vtab1k, minitab: also --retrain --select last --augmentation none --squash")
     lines.append("  and what timm reads: torch/NAME hfds/NAME hfids/NAME tfds/NAME wds/NAME")
     return "\n".join(lines)
 

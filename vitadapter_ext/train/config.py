@@ -1,6 +1,7 @@
 """What is a run made of? One frozen `Config`, made from a recipe and what was given on top, and written out as YAML."""
 
 import dataclasses
+import difflib
 import itertools
 import os
 import typing
@@ -22,6 +23,7 @@ HEAD_INITS = ("timm", "zero")
 AMP = ("none", "bf16", "fp16")
 SELECT = ("best", "last")
 
+_NAMES = ("suite", "dataset", "data", "method", "recipe", "out")  # what a file must give as text
 _GRID_GROUPS = ("augmentation", "training")  # what may differ between the trainings of a grid, beside the method
 
 
@@ -73,7 +75,7 @@ class Config:
     label_smoothing: float = _field(0.0, "training", "share spread over all classes")
     patience: int | None = _field(None, "training", "end a phase after N epochs without a better one", "N")
 
-    select: str = _field("best", "protocol", "the epoch: best on val, or last")
+    select: str = _field("best", "protocol", "the epoch: best on val, or last [best; in vtab1k, minitab: last]")
     grid: dict[str, list] | None = _field(
         None, "protocol", "settings to choose from on val: 'lr=1e-3,1e-2 rank=4,8'", "GRID"
     )
@@ -118,8 +120,13 @@ class Config:
         except ValueError as error:
             raise ValueError(f"--epochs is too small: {error}") from error
         catalog.check(self.dataset, self.data)
-        if self.val_split is not None and not catalog.is_timms(self.dataset):
-            raise ValueError("--val-split is for timm's data sets, such as --dataset torch/cifar10")
+        for field in dataclasses.fields(self):
+            given = getattr(self, field.name)
+            if field.name.endswith("_split") and given != field.default and not catalog.is_timms(self.dataset):
+                flag = "--" + field.name.replace("_", "-")
+                raise ValueError(f"{flag} is for timm's data sets, such as --dataset torch/image_folder")
+        if (self.mixup or self.cutmix) and self.batch_size == 1:
+            raise ValueError("--mixup and --cutmix mix the images of a batch: --batch-size must be at least 2")
         if self.patience is not None and self.select == "last":
             raise ValueError("--patience ends at the best epoch, and --select last takes none: give one of them")
         self.trials()
@@ -171,15 +178,16 @@ class Config:
 def configure(*, method: str | None = None, recipe: str | None = None, **given: Any) -> Config:
     """A `Config` from a recipe's settings and what is `given` on top: fields of `Config`, and of the chosen method.
 
-    Without a recipe it is "general" with a `model`, and without one "minitab" for those tasks, else "embedded". Values
-    may be strings, as on the command line. A recipe's checkpoint gives way to a `model` or `weights` of the caller's.
+    Without a recipe it is "general" with a `model`, and without one "minitab" for vtab1k and minitab, else "embedded".
+    Values may be strings, as on the command line. A recipe's checkpoint gives way to a `model` or `weights` of the
+    caller's.
 
     Raises:
         ValueError: for an unknown name, a value that is not accepted, an option of a method that was not chosen.
     """
     protocol = catalog.protocol(given.get("dataset"))
     if recipe is None:
-        small = "minitab" if protocol and given.get("data") is None else "embedded"
+        small = "minitab" if protocol else "embedded"
         recipe = small if given.get("model") is None else "general"
     if recipe not in RECIPES:
         raise unknown("recipe", recipe, RECIPES)
@@ -189,7 +197,10 @@ def configure(*, method: str | None = None, recipe: str | None = None, **given: 
         raise unknown("method", method, METHODS)
     options = dict(preset.options) if method == preset.method else {}
     settings = {**protocol, **preset.settings, "recipe": recipe}
-    if (preset.settings | given).get("patience") is not None and "select" not in given:
+    # A recipe's patience and the protocol's last epoch give way to what was asked for.
+    if given.get("select") == "last" and "patience" not in given:
+        settings["patience"] = None
+    elif (preset.settings | given).get("patience") is not None and "select" not in given:
         settings["select"] = "best"
     if preset.checkpoint and given.get("model") is None:
         settings |= {"model": preset.checkpoint, "pretrained": given.get("weights") is None}
@@ -233,18 +244,43 @@ def parse_settings(text: str, where: str) -> dict[str, Any]:
     if isinstance(method, dict):
         found = {**found, **method, "method": method["name"]}
         del found["name"]
-    found = {str(name).replace("-", "_"): setting for name, setting in found.items()}
-    known = {*field_hints(Config), "suite", *(name for kind in METHODS.values() for name in field_hints(kind))}
-    for name in found:
+    settings: dict[str, Any] = {}
+    known = [*field_hints(Config), "suite", *(name for kind in METHODS.values() for name in field_hints(kind))]
+    for key, setting in found.items():
+        name = str(key).replace("-", "_")
         if name not in known:
-            raise unknown(f"setting in {where}", name, known)
-    return found
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown setting {name!r} in {where}: {hint}--help lists what there is")
+        if name in settings:
+            raise ValueError(f"{where} has two values for {name}")
+        if name in _NAMES and not isinstance(setting, str | None):
+            raise ValueError(f"{where} must hold a name for {name}, got {setting!r}")
+        settings[name] = setting
+    return settings
 
 
 def on_top(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's settings with those of the command line over them; another method there drops the file's options."""
-    if given.get("method", settings.get("method")) != settings.get("method"):
+    """A file's settings with those of the command line over them.
+
+    Another method there drops the options of the file's, and a suite there the file's data set, or the reverse.
+
+    Raises:
+        ValueError: both name a recipe, which stands under all settings.
+    """
+    recipe = settings.get("recipe")
+    if recipe is not None and given.get("recipe", recipe) != recipe:
+        raise ValueError(
+            f"--recipe {given['recipe']} cannot go under the settings of a file that has the recipe {recipe}: take "
+            "it out of the file, with the settings that came from it"
+        )
+    settings = dict(settings)
+    method = settings.get("method") or (RECIPES[recipe].method if recipe in RECIPES else None)
+    if method is not None and given.get("method", method) != method:
         settings = {name: setting for name, setting in settings.items() if name in (*field_hints(Config), "suite")}
+    for name, other in (("suite", "dataset"), ("dataset", "suite")):
+        if name in given:
+            settings.pop(other, None)
     return {**settings, **given}
 
 
@@ -254,6 +290,8 @@ def _parse_grid(text: Any, method: str) -> dict[str, list] | None:
         return None
     if isinstance(text, str):
         pairs = [word.partition("=") for word in text.split()]
+        if len({name.replace("-", "_") for name, _, _ in pairs}) < len(pairs):
+            raise ValueError(f"--grid has a setting twice: {text!r}")
         text = {name: values.split(",") if values else None for name, _, values in pairs}
     if not isinstance(text, dict) or not all(isinstance(values, list) and values for values in text.values()):
         raise ValueError(f"--grid takes settings and their values, such as 'lr=1e-3,1e-2 rank=4,8', got {text!r}")
@@ -262,7 +300,7 @@ def _parse_grid(text: Any, method: str) -> dict[str, list] | None:
     hints |= field_hints(METHODS[method])
     grid = {}
     for name, values in text.items():
-        name = name.replace("-", "_")
+        name = str(name).replace("-", "_")
         if name not in hints:
             raise unknown("setting of --grid", name, hints)
         grid[name] = [value(name, given, hints[name]) for given in values]

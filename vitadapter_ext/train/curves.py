@@ -41,7 +41,7 @@ def draw(
 
     if "test_accuracy" in summary:
         test = 100 * summary["test_accuracy"]
-        when = "train and validation together" if again else "best epoch"
+        when = "train and validation together" if again else f"epoch {summary['best_epoch']}"
         accuracies.plot(
             summary["best_epoch"], test, "*", color="C3", markersize=12, label=f"test, {when}: {test:.2f} %"
         )

@@ -60,6 +60,8 @@ def training_transform(config: Config, data_config: dict[str, Any]) -> Transform
             re_mode="pixel",
         )
     except (AssertionError, ValueError, KeyError) as error:
+        if config.auto_augment is None:
+            raise
         policies = "rand-m9-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5 or 3a"
         raise ValueError(f"--auto-augment takes a policy such as {policies}, got {config.auto_augment!r}") from error
     return Compose([moved, recoloured, as_tensor])

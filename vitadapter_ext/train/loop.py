@@ -37,7 +37,7 @@ class Listener(Protocol):
     """What hears of a training's progress."""
 
     def start(self, phases: list[int], steps: int) -> None:
-        """Before the first epoch: epochs of each phase, and steps of an epoch."""
+        """Before the first epoch: epochs of each phase, and batches of an epoch."""
 
     def phase(self, number: int, widths: dict[str, int]) -> None:
         """Before each phase (from 1), with the method's `widths`; also after the last, where it has changed them."""
@@ -63,11 +63,15 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: DataLoader, device: torch.device, amp: str = "none") -> tuple[float, float]:
-    """Mean cross entropy (nats) and accuracy (0 to 1) over all images; leaves the model in evaluation mode."""
+    """Mean cross entropy (nats) and accuracy (0 to 1) over all images; leaves the model in evaluation mode.
+
+    Raises:
+        OSError: a stream gave fewer images than it has.
+    """
     model.eval()
     loss = torch.zeros((), device=device)
     right = torch.zeros((), device=device, dtype=torch.int64)
-    count = 0  # a stream's length may be its reader's guess
+    count = 0
     for images, labels in batches:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast(device, amp):
@@ -75,6 +79,8 @@ def evaluate(model: nn.Module, batches: DataLoader, device: torch.device, amp: s
         loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
         right += (logits.argmax(1) == labels).sum()
         count += len(labels)
+    if count != len(batches.dataset):  # a stream passes over what it cannot read, which would leave the hard ones out
+        raise OSError(f"only {count:,} of {len(batches.dataset):,} images could be read")
     return loss.item() / count, right.item() / count
 
 
@@ -153,11 +159,13 @@ class Trainer:
                     tensor.copy_(self.best.state[name])
 
     def checkpoint(self) -> dict[str, Any]:
-        """All that going on from here needs, in types that `torch.load(weights_only=True)` admits."""
+        """All that going on from here in this training needs, in types that `torch.load(weights_only=True)` admits."""
         python, numpy = random.getstate(), np.random.get_state()
         return {
             "phase": self.phase,
             "epoch": self.epoch,
+            "finished": self.finished,
+            "lengths": list(self.lengths),
             "rows": self.rows,
             "widths": self.widths,
             "trainable": {name: tensor.detach() for name, tensor in trainable(self.model).items()},

@@ -82,8 +82,10 @@ def fit(config: Config, data: Data | None = None, brief: bool = False) -> Result
         study = Study(config, model, data, data_config, val, device)
         report.attached(count_parameters(study.result.model), folder.path)
         folder.write_config(replace(config, out=None).to_yaml())
-    except BaseException:
+    except BaseException as error:
         folder.discard()
+        if _is_out_of_memory(error):
+            raise _too_little_memory(device) from error
         raise
 
     found = {
@@ -102,12 +104,9 @@ def fit(config: Config, data: Data | None = None, brief: bool = False) -> Result
         _, found["test_accuracy"] = evaluate(study.result.model, held["test"], device, config.amp)
     except KeyboardInterrupt as error:
         found["status"], failure = "interrupted", error
-    except torch.OutOfMemoryError:
+    except (OSError, RuntimeError, ValueError) as error:
         found["status"] = "failed"
-        remedy = "a smaller --batch-size with --grad-accum, --checkpointing or --amp bf16 may help"
-        failure = ValueError(f"the memory of {device} is too small: {remedy}")
-    except (OSError, RuntimeError) as error:
-        found["status"], failure = "failed", error
+        failure = _too_little_memory(device) if _is_out_of_memory(error) else error
     except DivergedError as error:
         kept = "the best epoch before is saved" if study.result.best else "nothing is saved"
         found["status"], failure = "diverged", ValueError(f"{error}: {kept}; a lower --lr or --clip-grad 1 may help")
@@ -148,6 +147,15 @@ def fit(config: Config, data: Data | None = None, brief: bool = False) -> Result
     if failure:
         raise failure
     return Result(model, found, folder.path)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _too_little_memory(device: torch.device) -> ValueError:
+    remedy = "a smaller --batch-size with --grad-accum, --checkpointing or --amp bf16 may help"
+    return ValueError(f"the memory of {device} is too small: {remedy}")
 
 
 def _described(trial: Trial) -> dict[str, Any]:

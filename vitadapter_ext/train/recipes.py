@@ -46,7 +46,7 @@ RECIPES = {
         },
     ),
     "minitab": Recipe(
-        description="the default for minitab's tasks where no --model is given: the embedded small ViT; nothing is "
+        description="the default for vtab1k and minitab where no --model is given: the embedded small ViT; nothing is "
         "augmented, since some tasks ask where a sign is and how it is turned",
         source="tuned on the validation images of minitab",
         options={"rank": 8},

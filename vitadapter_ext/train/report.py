@@ -42,14 +42,16 @@ def opening(config: Config, data: Data, backbone: Backbone, data_config: dict[st
     _say("backbone", backbone.description)
     amp = "" if config.amp == "none" else f", {config.amp}"
     batch = f"batch {config.batch_size}" + (f" x {config.grad_accum}" if config.grad_accum > 1 else "")
-    _say("training", f"{config.epochs} epochs, {batch}, lr {config.peak_lr:g} on {device}{amp}")
+    lr = "" if {"lr", "lr_base_size"} & set(config.grid or ()) else f", lr {config.peak_lr:g}"
+    _say("training", f"{config.epochs} epochs, {batch}{lr} on {device}{amp}")
     if config.grid or config.retrain:
         _say("protocol", _protocol(config, len(data.train) + len(data.val)))
 
 
 def _protocol(config: Config, images: int) -> str:
     """What is chosen on validation images, and what becomes of it."""
-    names = [*(config.grid or ()), *(["the epoch"] if config.select == "best" else [])]
+    chosen = [name for name, values in (config.grid or {}).items() if len(values) > 1]
+    names = [*chosen, *(["the epoch"] if config.select == "best" else [])]
     choice = f"val chooses {' and '.join(names)} in {_counted(len(config.trials()), 'training')}" if names else ""
     final = f"one training on all {images:,} images of train and val" if config.retrain else ""
     return ", then ".join(filter(None, (choice, final)))
@@ -93,6 +95,9 @@ class Progress:
             settings = ", ".join(f"{name} {chosen}" for name, chosen in trial.settings.items())
             what = ("on train and val" + (f": {settings}" if settings else "")) if trial.retrained else settings
             tqdm.write(f"{f'{number} of {count}':<9} {what or 'on train, judged on val'}")
+
+    def diverged(self, why: str) -> None:
+        tqdm.write(f"{'':<9} {why}; the next one")
 
     def start(self, phases: list[int], steps: int) -> None:
         self.epochs, self.phases = sum(phases), len(phases)

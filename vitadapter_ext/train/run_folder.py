@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,9 @@ from typing import Any
 
 import torch
 
-from .._atomic import write_atomically
+from .._atomic import is_temporary, write_atomically
+
+_FILES = ("config.yaml", "metrics.csv", "last.ckpt", "adapter.safetensors", "summary.json", "curves.png", "widths.png")
 
 
 class RunFolder:
@@ -89,6 +92,22 @@ class RunFolder:
     def write_widths(self, png: bytes) -> None:
         """widths.png."""
         write_atomically(self.path / "widths.png", png)
+
+
+def clear(path: Path) -> None:
+    """Removes what a run that came to no end has left, so that it can begin again.
+
+    Raises:
+        ValueError: there is something that no run writes; nothing is removed then.
+    """
+    if not path.exists() and not path.is_symlink():
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise ValueError(f"{path} is no folder of a run: move it away")
+    foreign = [each.name for each in path.iterdir() if each.name not in _FILES and not is_temporary(each)]
+    if foreign:
+        raise ValueError(f"{path} holds {', '.join(sorted(foreign)[:5])}, which is of no run: move it away")
+    shutil.rmtree(path)
 
 
 def _next_free(name: str) -> Path:

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..attachment import attach, head_tensors
 from ..data.samples import Data
 from .config import Config
-from .data import Transform, loader, training_transform
+from .data import loader, training_transform
 from .loop import Best, DivergedError, Listener, Trainer, seed_everything
 
 
@@ -52,6 +52,9 @@ class StudyListener(Listener, Protocol):
     def training(self, number: int, count: int, trial: Trial) -> None:
         """Before each training (from 1) of so many."""
 
+    def diverged(self, why: str) -> None:
+        """After a training that is passed over."""
+
 
 class Study:
     """The trainings of a run, one after the other, from one backbone and one seed.
@@ -63,7 +66,8 @@ class Study:
         trials: those begun so far.
         images, seconds: of all of them, as the trainers'.
     Raises:
-        ValueError: for a method or an augmentation of any of the trainings that cannot be.
+        ValueError: for a method or an augmentation of any of the trainings that cannot be; for a stream, which cannot
+            be joined with another and drawn together, or dealt in other batches than it was read for.
     """
 
     def __init__(
@@ -79,12 +83,17 @@ class Study:
             config, model, data, data_config, val, device,
         )  # fmt: skip
         planned = config.trials()
+        if isinstance(data.train, IterableDataset):
+            if config.retrain:
+                raise ValueError(f"--retrain draws train and val together, and {data.name} is a stream")
+            if "batch_size" in (config.grid or ()):
+                raise ValueError(f"--grid cannot vary batch-size: {data.name} is a stream, read for one size")
         # One setting and its last epoch leave nothing to choose.
         self.only_final = config.retrain and config.select == "last" and len(planned) == 1
         self.planned = [] if self.only_final else planned
         self.count = len(self.planned) + config.retrain
-        self.transforms: list[Transform] = [training_transform(each, data_config) for _, each in planned]
         for _, each in planned[1:]:
+            training_transform(each, data_config)
             if each.method != planned[0][1].method:
                 attach(copy.deepcopy(model), each.method)
         self.trials: list[Trial] = []
@@ -124,10 +133,11 @@ class Study:
             try:
                 trial.trainer.run(listener)
                 trial.status = "finished"
-            except DivergedError:
+            except DivergedError as error:
                 trial.status = "diverged"
                 if again or (number == len(self.planned) and all(each.status == "diverged" for each in self.trials)):
                     raise
+                listener.diverged(str(error))
             finally:
                 trial.best = trial.trainer.best
                 self.images += trial.trainer.images
@@ -150,8 +160,9 @@ class Study:
                 former = self.chosen.trainer
                 *earlier, _ = former.finished
                 lengths = (*earlier, former.best.epoch - sum(earlier))
-        transform = training_transform(config, self.data_config)
-        batches = loader(images, transform, config, self.device, shuffle=True, every_epoch=True)
+        batches = loader(
+            images, training_transform(config, self.data_config), config, self.device, shuffle=True, every_epoch=True
+        )
         trainer = Trainer(model, batches, val, config, self.device, lengths)
         self.trials.append(Trial(settings, config, model, trainer, retrained=retrained))
 

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,10 @@ from . import report
 from .config import Config, configure
 from .data import read_data
 from .pipeline import fit
+from .run_folder import clear
+
+# Of a run's summary, what the table needs.
+_KEYS = {"test_accuracy", "best_epoch", "parameters", "adapter_file_bytes", "train_seconds"}
 
 
 @dataclass
@@ -131,12 +134,17 @@ def run_suite(suite: str, *, out: str | os.PathLike | None = None, **given: Any)
         raise unknown("suite", suite, SUITES)
     if given.get("dataset") is not None:
         raise ValueError("--suite and --dataset exclude each other: a suite names its own data sets")
+    if (data := given.get("data")) is not None and not Path(data).is_dir():
+        raise ValueError(f"the data folder {data} does not exist")
+    if out == "":
+        raise ValueError("--out must be a name, not an empty word")
     given = {"baselines": False, **given}
     groups = SUITES[suite].groups
     configs = {task: configure(**{**given, "dataset": f"{suite}/{task}", "out": None}) for task in groups}
     results = Results(suite, next(iter(configs.values())).method.name, groups)
     folder = Path(out) if out is not None else Path("runs") / f"{suite}-{results.method}"
     with _held(folder, suite, next(iter(configs.values()))):
+        results.found = {task: summary for task in groups if (summary := _finished(folder / task))}
         for number, (task, config) in enumerate(configs.items(), 1):
             report.task(number, len(configs), f"{suite}/{task}", groups[task])
             _run_task(results, task, config, folder / task)
@@ -151,11 +159,11 @@ def run_suite(suite: str, *, out: str | os.PathLike | None = None, **given: Any)
 
 def _run_task(results: Results, task: str, config: Config, folder: Path) -> None:
     """Fills in one task: with the result that its folder has, or else with one more run."""
-    if summary := _finished(folder):
-        results.found[task] = summary
-        report.done_before(summary, folder)
+    if task in results.found:
+        report.done_before(results.found[task], folder)
         return
     try:
+        clear(folder)
         report.reading(config)
         data = read_data(config)
     except MissingDataError as error:
@@ -164,11 +172,9 @@ def _run_task(results: Results, task: str, config: Config, folder: Path) -> None
     except (ValueError, OSError) as error:
         results.failed[task] = report.skipped(sentence(error))
         return
-    if folder.exists():
-        shutil.rmtree(folder)  # what was stopped half-way is run again from its beginning
     try:
         results.found[task] = fit(replace(config, out=str(folder)), data, brief=True).summary
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if not (folder / "summary.json").is_file():
             raise  # nothing was trained: the settings are at fault, and every task would say so
         results.failed[task] = report.skipped(sentence(error))
@@ -180,7 +186,8 @@ def _finished(folder: Path) -> dict[str, Any] | None:
         summary = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError):
         return None
-    return summary if summary.get("status") == "finished" else None
+    whole = isinstance(summary, dict) and summary.get("status") == "finished" and summary.keys() >= _KEYS
+    return summary if whole else None
 
 
 def _settings(suite: str, config: Config) -> str:
@@ -195,7 +202,7 @@ def _settings(suite: str, config: Config) -> str:
 def _held(folder: Path, suite: str, config: Config) -> Iterator[None]:
     """The folder, made or found with these settings, for this process alone; gone again where it stays empty."""
     settings, path, lock = _settings(suite, config), folder / "suite.yaml", folder / ".lock"
-    if folder.exists() and not path.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not path.is_file() and (not folder.is_dir() or _visible(folder)):
         raise ValueError(f"the output folder {folder} exists and holds no suite: name a new one with --out")
     if any(folder.glob("*/summary.json")) and (differing := _differing(path.read_text(), settings)):
         raise ValueError(f"{folder} has results of other settings ({differing}): name a new folder with --out")
@@ -210,21 +217,30 @@ def _held(folder: Path, suite: str, config: Config) -> Iterator[None]:
             write_atomically(path, settings.encode())
             yield
         finally:
-            if not set(folder.iterdir()) - {path, lock}:
+            if not set(_visible(folder)) - {path}:
                 path.unlink(missing_ok=True)
                 lock.unlink()
                 for each in reversed(made):
-                    each.rmdir()
+                    if not any(each.iterdir()):
+                        each.rmdir()
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What is in a folder, but for the lock and what a killed process may have left of a file."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def _differing(there: str, here: str) -> str:
     """The settings in which two suite.yaml differ, in words; empty where they are the same."""
-    before, now = (yaml.safe_load(text) for text in (there, here))
-    if not isinstance(before, dict):
-        return "suite.yaml is no mapping"
+    try:
+        before, now = (yaml.safe_load(text) for text in (there, here))
+    except yaml.YAMLError:
+        return "its suite.yaml is damaged"
+    if not isinstance(before, dict) or not isinstance(before.get("method"), dict):
+        return "its suite.yaml is damaged"
     for settings in (before, now):
         method = settings.pop("method")
-        settings |= {**method, "method": method["name"]}
+        settings |= {**method, "method": method.get("name")}
     return ", ".join(
         f"{name} {before.get(name)} there, {now.get(name)} here"
         for name in {**before, **now}
