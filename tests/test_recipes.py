@@ -32,7 +32,7 @@ VIT = {**PLAIN, "checkpoint": "vit_base_patch16_224.orig_in21k", "warmup": 10, "
 ARC = {**VIT, "method": va.Arc(rank=50, dropout=0.1), "norm": 1.0, "head": "zero"}
 PAPERS = {
     "embedded": {**PLAIN, "peak": 5e-3, "augmentation": "affine"},
-    "minitab": {**PLAIN, "peak": 5e-3, "warmup": 2, "epochs": 10, "squash": True},
+    "minitab": {**PLAIN, "peak": 5e-3, "warmup": 2, "epochs": 8, "squash": True},
     "general": {**PLAIN, "augmentation": "crop-flip"},
     "adapter-plus": {
         **VIT,
