@@ -1,4 +1,4 @@
-"""Which data set does a name mean, and which of them make a suite? `DATASETS` and `SUITES` say it; `read` reads one."""
+"""Which data set does a name mean, and which of them make a suite? `check`, `SUITES`, and `read`, which reads one."""
 
 import os
 from dataclasses import dataclass

@@ -12,7 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .images import EXTENSIONS
-from .samples import HELD_OUT, SPLITS, Data, ImageFiles, Sample, drop_unreadable, few, hold_out_files, listed
+from .samples import (
+    HELD_OUT,
+    SPLITS,
+    Data,
+    ImageFiles,
+    Sample,
+    drop_unreadable,
+    existing_folder,
+    few,
+    hold_out_files,
+    listed,
+)
 
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -30,9 +41,7 @@ def read_folder(folder: str | os.PathLike) -> Data:
         ValueError: for a folder that is missing, empty, or holds one class; a class that train lacks, or with too few
             images to hold some out; more than 5 % unreadable images.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"the data folder {root} {'is not a folder' if root.exists() else 'does not exist'}")
+    root = existing_folder(folder)
     found = _find_splits(root)
     classes = sorted(found["train"])
     for name in classes:
@@ -80,7 +89,7 @@ def _find_splits(root: Path) -> dict[str, dict[str, list[Path]]]:
             )
         named[name] = folder
     if "train" in named:
-        return {name: _classes(named[name]) for name in ("train", "val", "test") if name in named}
+        return {name: _classes(named[name]) for name in SPLITS if name in named}
     if named:
         raise ValueError(f"{root} has {' and '.join(sorted(named))} but no train folder")
     return {"train": _classes(root)}

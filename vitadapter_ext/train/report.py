@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..data.samples import Data
+from ..data.samples import SPLITS, Data
 from ..parameters import Summary
 from .backbone import Backbone
 from .config import Config
@@ -27,7 +27,7 @@ def reading(config: Config) -> None:
 
 def splits(data: Data) -> None:
     """The data set with its splits, and what one should know of it."""
-    counts = ", ".join(f"{len(getattr(data, name))} {name}" for name in ("train", "val", "test"))
+    counts = ", ".join(f"{len(getattr(data, name))} {name}" for name in SPLITS)
     _say("data", f"{data.name}: {len(data.classes)} classes; {counts} images")
     for note in data.notes:
         _say("", note)

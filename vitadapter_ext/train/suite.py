@@ -22,7 +22,7 @@ from .._atomic import write_atomically
 from .._text import unknown
 from ..cli import sentence
 from ..data.catalog import SUITES
-from ..data.samples import MissingDataError
+from ..data.samples import MissingDataError, existing_folder
 from . import report
 from .config import Config, configure
 from .data import read_data
@@ -80,10 +80,9 @@ class Results:
             rows.append(
                 (f"**mean over {self._count(self.groups)} tasks**", "", f"**{100 * means['tasks']:.2f}**", *blank)
             )
-            groups = self.group_means()
-            if len(set(self.groups.values())) > 1:
-                all_groups = len(set(self.groups.values()))
-                what = f"**mean over {len(groups)}{f' of {all_groups}' if len(groups) < all_groups else ''} groups**"
+            groups, done = len(set(self.groups.values())), len(self.group_means())
+            if groups > 1:
+                what = f"**mean over {done}{f' of {groups}' if done < groups else ''} groups**"
                 rows.append((what, "", f"**{100 * means['groups']:.2f}**", *blank))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [_line(row, widths) for row in rows]
@@ -134,8 +133,8 @@ def run_suite(suite: str, *, out: str | os.PathLike | None = None, **given: Any)
         raise unknown("suite", suite, SUITES)
     if given.get("dataset") is not None:
         raise ValueError("--suite and --dataset exclude each other: a suite names its own data sets")
-    if (data := given.get("data")) is not None and not Path(data).is_dir():
-        raise ValueError(f"the data folder {data} does not exist")
+    if given.get("data") is not None:
+        existing_folder(given["data"])
     if out == "":
         raise ValueError("--out must be a name, not an empty word")
     given = {"baselines": False, **given}
