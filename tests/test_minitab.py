@@ -78,7 +78,8 @@ def test_a_note_for_other_pictures(monkeypatch):
     monkeypatch.setitem(HASHES, "counting", "0" * 64)
     (note,) = read_minitab("counting").notes
     assert note == (
-        "its pictures differ from those of the published table: another version of FreeType, Pillow or scikit-learn"
+        "its pictures differ from those of the published table: another version of FreeType, Pillow, matplotlib or "
+        "scikit-learn"
     )
     data = read_minitab("counting")
     assert len(data.notes) == 1 and len(data.train) == 800  # the same data, and the note not twice

@@ -506,6 +506,7 @@ FILES = {
     "recipe: [x]": "run.yaml must hold a name for recipe",
     "method: [arc]": "run.yaml must hold a name for method",
     "grid: {1: [2]}": "unknown setting of --grid '1'",
+    "lr: 1\nmethod: {name: arc, lr: 2}": "run.yaml has two values for lr",
     "batch-size: 3\nbatch_size: 4": "run.yaml has two values for batch_size",
 }
 

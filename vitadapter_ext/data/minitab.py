@@ -60,7 +60,7 @@ TASKS = {
     ),
 }
 
-# By `fingerprint`, with Pillow 13.0 (its FreeType 2.14.3) and scikit-learn 1.9.
+# By `fingerprint`, with Pillow 13.0 (its FreeType 2.14.3), the fonts of matplotlib 3.11 and scikit-learn 1.9.
 HASHES = {
     "digits": "920d2542c22442593a838eb804522afbed53f07a637c7c8f1850c0944d101d15",
     "greek": "92c4a68b02398d309592e3b166d80718b88bfccd5ea09436ecad9b7d572a50ca",
@@ -73,7 +73,8 @@ HASHES = {
 }
 
 _DIFFERENT = (
-    "its pictures differ from those of the published table: another version of FreeType, Pillow or scikit-learn"
+    "its pictures differ from those of the published table: another version of FreeType, Pillow, matplotlib or "
+    "scikit-learn"
 )
 
 

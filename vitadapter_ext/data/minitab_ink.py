@@ -2,7 +2,7 @@
 
 Each glyph is drawn once, large, and kept as the signed distance to its outline. Any size, turn, slant and weight of it
 is then a matter of which entries are read, and of what is added to them. Fields, looking up and all that is done to a
-picture afterwards are float64 arithmetic in numpy, rounded once at the end: the same on every processor.
+picture afterwards are float64 arithmetic in numpy, so that another processor's last bit hardly ever shows.
 """
 
 import functools

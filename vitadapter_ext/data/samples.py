@@ -71,19 +71,19 @@ def drop_unreadable(root: Path, splits: dict[str, list[Sample]]) -> list[str]:
     if not bad:
         return []
     names = [f"{os.path.relpath(path, root)} ({problem})" for path, problem in list(bad.items())[:10]]
-    listed = ", ".join(names) + (", …" if len(bad) > len(names) else "")
+    problems = ", ".join(names) + (", …" if len(bad) > len(names) else "")
     count = f"{len(bad)} of {len(paths)} images in {root} cannot be read"
     if len(bad) > MOST_UNREADABLE * len(paths):
-        raise ValueError(f"{count}, which is more than {MOST_UNREADABLE:.0%}: {listed}")
+        raise ValueError(f"{count}, which is more than {MOST_UNREADABLE:.0%}: {problems}")
     for name, samples in splits.items():
         splits[name] = [sample for sample in samples if sample[0] not in bad]
-    return [f"{count} and are left out: {listed}"]
+    return [f"{count} and are left out: {problems}"]
 
 
 def hold_out(keys: Sequence[str], labels: Sequence[int], count: int) -> list[list[int]]:
     """Splits images into those to train with and `count` held-out parts with 15 % of each class, one at least.
 
-    A hash of an image's key shuffles them, the same way everywhere; a new image moves one other of its class at most.
+    A hash of an image's key shuffles them, the same way everywhere.
 
     Args:
         keys: a name for each image that never changes, such as its path below the root.

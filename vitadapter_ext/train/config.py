@@ -241,12 +241,14 @@ def parse_settings(text: str, where: str) -> dict[str, Any]:
     method = found.get("method") if isinstance(found, dict) else None
     if not isinstance(found, dict) or (isinstance(method, dict) and "name" not in method):
         raise ValueError(f"{where} must hold settings such as 'lr: 0.01', and a method its name")
+    pairs = [pair for pair in found.items() if pair[0] != "method"]
     if isinstance(method, dict):
-        found = {**found, **method, "method": method["name"]}
-        del found["name"]
+        pairs += [("method" if key == "name" else key, setting) for key, setting in method.items()]
+    elif method is not None:
+        pairs.append(("method", method))
     settings: dict[str, Any] = {}
     known = [*field_hints(Config), "suite", *(name for kind in METHODS.values() for name in field_hints(kind))]
-    for key, setting in found.items():
+    for key, setting in pairs:
         name = str(key).replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

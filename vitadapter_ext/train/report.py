@@ -97,7 +97,7 @@ class Progress:
             tqdm.write(f"{f'{number} of {count}':<9} {what or 'on train, judged on val'}")
 
     def diverged(self, why: str) -> None:
-        tqdm.write(f"{'':<9} {why}; the next one")
+        tqdm.write(f"{'':<9} passed over: {why}")
 
     def start(self, phases: list[int], steps: int) -> None:
         self.epochs, self.phases = sum(phases), len(phases)
