@@ -150,7 +150,8 @@ def run_suite(suite: str, *, out: str | os.PathLike | None = None, **given: Any)
             _write(results, folder)
     report.suite(results.table(), results.notes(), folder)
     if not results.found:
-        raise ValueError(f"no task of {suite} has a result: {'; '.join(results.notes())}")
+        why = f"{len(results.missing)} missing, {len(results.failed)} failed"
+        raise ValueError(f"no task of {suite} has a result ({why}): {folder / 'results.md'} has the reasons")
     if results.failed:
         raise ValueError(f"{', '.join(results.failed)} of {suite} failed; the same command tries again")
     return results
