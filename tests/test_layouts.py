@@ -412,6 +412,21 @@ def test_domainnet_has_345_classes_whatever_is_listed(tmp_path):
     assert data.notes == ["no clipart_val.txt: 15% of train is held out to choose the best epoch"]
 
 
+@pytest.mark.parametrize("folder", ["txt", "splits"])
+def test_domainnet_with_its_lists_in_a_folder_and_a_val_of_ones_own(tmp_path, folder):
+    write_domainnet(tmp_path, "real", {3: "bus", 4: "axe"})
+    (tmp_path / folder).mkdir()
+    lists = {split: tmp_path / folder / f"real_{split}.txt" for split in ("train", "val", "test")}
+    for split in ("train", "test"):
+        (tmp_path / f"real_{split}.txt").rename(lists[split])
+    lines = lists["train"].read_text().splitlines(keepends=True)
+    lists["train"].write_text("".join(lines[10:]))
+    lists["val"].write_text("".join(lines[:10]))
+    data = read_domainnet(tmp_path, "real")
+    assert (lengths(data), data.notes) == ([30, 10, 12], [])
+    assert [str(path.relative_to(tmp_path)) for path, _ in data.val.samples] == [line.split()[0] for line in lines[:10]]
+
+
 REFUSED_DOMAINNET = {
     "label": (lambda r: edit(r / "real_test.txt", 2, "real/bus/x.jpg 345"), "line 2: label 345 is not from 0 to 344"),
     "path": (lambda r: edit(r / "real_train.txt", 2, "real/x.jpg 3"), "line 2: real/x.jpg is not of the form domain/c"),
@@ -440,6 +455,7 @@ def test_domainnet_is_refused_in_one_sentence(tmp_path, case):
 def test_a_domain_that_is_not_there_is_missing_data(tmp_path):
     write_domainnet(tmp_path, "real", {3: "bus", 4: "axe"})
     refused("none of the lists sketch_train.txt, sketch", read_domainnet, tmp_path, "sketch", kind=MissingDataError)
+    refused("nowhere", read_domainnet, tmp_path / "nowhere", "sketch", kind=MissingDataError)
 
 
 # What all share -------------------------------------------------------------------------------------------------------

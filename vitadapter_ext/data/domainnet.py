@@ -1,9 +1,10 @@
 """Which images and labels has a domain of DomainNet? Two lists for each of six domains, 345 classes in each.
 
     ROOT/clipart_train.txt, ROOT/clipart_test.txt    lines `clipart/zebra/clipart_344_000001.jpg 344`, relative to ROOT
+    ROOT/clipart_val.txt                             one's own; without it 15 % of train is held out
 
-15 % of train is held out as val. The data: X. Peng et al., "Moment Matching for Multi-Source Domain Adaptation",
-ICCV 2019.
+The lists may lie in ROOT/txt or ROOT/splits. The data: X. Peng et al., "Moment Matching for Multi-Source Domain
+Adaptation", ICCV 2019.
 """
 
 import os
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .lists import Entry, assemble, find_lists, locate, numbered, read_list, shown
-from .samples import Data, Sample, Task, find_task
+from .samples import SPLITS, Data, Sample, Task, find_task
 
 CLASSES = 345
 
@@ -27,7 +28,8 @@ def read_domainnet(root: str | os.PathLike, domain: str) -> Data:
     """
     name = find_task("DomainNet", domain, TASKS).name
     root = Path(root)
-    files = find_lists(root, {split: f"{name}_{split}.txt" for split in ("train", "test")})
+    folder = next((lists for lists in (root, root / "txt", root / "splits") if any(lists.glob(f"{name}_*.txt"))), root)
+    files = find_lists(folder, {split: f"{name}_{split}.txt" for split in SPLITS}, optional="val")
     entries = {split: read_list(file) for split, file in files.items()}
     splits = {
         split: list(zip(locate(root, lines), numbered(lines, CLASSES), strict=True)) for split, lines in entries.items()
