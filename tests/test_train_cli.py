@@ -495,6 +495,8 @@ FILES = {
     "- lr": "run.yaml must hold settings such as 'lr: 0.01'",
     "": "run.yaml must hold settings such as 'lr: 0.01'",
     "method: {rank: 4}": "and a method its name",
+    "lr: 1\nepochs: [": "run.yaml is not YAML: expected the node content, but found '<stream end>' in line 2",
+    "lr: \x01": "run.yaml is not YAML: unacceptable character",
     "lr: high": "--lr takes a number, got 'high'",
     "epochs: [1, 2]": "--epochs takes a whole number, got [1, 2]",
     "method: arc\nplacement: post": "--placement is an option of the method adapter, not of arc",
@@ -506,6 +508,9 @@ FILES = {
     "recipe: [x]": "run.yaml must hold a name for recipe",
     "method: [arc]": "run.yaml must hold a name for method",
     "grid: {1: [2]}": "unknown setting of --grid '1'",
+    "lr: 1\nepochs: 2\nlr: 2": "run.yaml is not YAML: found 'lr' for the second time in line 3",
+    "method: {name: arc, rank: 1, rank: 2}": "run.yaml is not YAML: found 'rank' for the second time in line 1",
+    "grid: {lr: [1], lr: [2]}": "run.yaml is not YAML: found 'lr' for the second time in line 1",
     "lr: 1\nmethod: {name: arc, lr: 2}": "run.yaml has two values for lr",
     "batch-size: 3\nbatch_size: 4": "run.yaml has two values for batch_size",
 }

@@ -222,7 +222,8 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """What a YAML file gives, as keyword arguments of `configure` (and perhaps `suite`).
 
     Raises:
-        ValueError: for what is no mapping of settings; for an unknown one, with the nearest known.
+        ValueError: for what is no mapping of settings; for a setting given twice; for an unknown one, with the nearest
+            known.
         OSError: for a file that cannot be read.
     """
     try:
@@ -232,20 +233,35 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     return parse_settings(text, os.fspath(path))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, but for a key given twice, of which PyYAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"found {key.value!r} for the second time"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def parse_settings(text: str, where: str) -> dict[str, Any]:
     """`read_settings` of the text itself; the method is a name beside its options, or a mapping with its `name`."""
     try:
-        found = yaml.safe_load(text)
+        found = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1
+        raise ValueError(f"{where} is not YAML: {error.problem} in line {line}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not YAML: {sentence(error)}") from error
     method = found.get("method") if isinstance(found, dict) else None
     if not isinstance(found, dict) or (isinstance(method, dict) and "name" not in method):
         raise ValueError(f"{where} must hold settings such as 'lr: 0.01', and a method its name")
-    pairs = [pair for pair in found.items() if pair[0] != "method"]
+    pairs = list(found.items())
     if isinstance(method, dict):
+        pairs.remove(("method", method))
         pairs += [("method" if key == "name" else key, setting) for key, setting in method.items()]
-    elif method is not None:
-        pairs.append(("method", method))
     settings: dict[str, Any] = {}
     known = [*field_hints(Config), "suite", *(name for kind in METHODS.values() for name in field_hints(kind))]
     for key, setting in pairs:
