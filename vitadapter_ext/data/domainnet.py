@@ -23,13 +23,15 @@ def read_domainnet(root: str | os.PathLike, domain: str) -> Data:
     """A domain of DomainNet; classes are called by the folders of their images, or by number where there are none.
 
     Raises:
-        MissingDataError: no such folder, or neither of the domain's lists in it.
+        MissingDataError: no such folder, or none of the domain's lists in it.
         ValueError: an unknown domain, or anything else wrong with its lists and images, in one sentence.
     """
     name = find_task("DomainNet", domain, TASKS).name
     root = Path(root)
-    folder = next((lists for lists in (root, root / "txt", root / "splits") if any(lists.glob(f"{name}_*.txt"))), root)
-    files = find_lists(folder, {split: f"{name}_{split}.txt" for split in SPLITS}, optional="val")
+    names = {split: f"{name}_{split}.txt" for split in SPLITS}
+    places = (root, root / "txt", root / "splits")
+    folder = next((place for place in places if any((place / file).exists() for file in names.values())), root)
+    files = find_lists(folder, names, optional="val")
     entries = {split: read_list(file) for split, file in files.items()}
     splits = {
         split: list(zip(locate(root, lines), numbered(lines, CLASSES), strict=True)) for split, lines in entries.items()
