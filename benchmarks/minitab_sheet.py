@@ -3,6 +3,7 @@
 python -m benchmarks.minitab_sheet      writes benchmarks/results/minitab-sheet.png
 """
 
+import argparse
 import io
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def _font(file: str, points: int) -> ImageFont.FreeTypeFont:
 
 
 def main() -> None:
+    argparse.ArgumentParser("python -m benchmarks.minitab_sheet", description=__doc__.partition("\n")[0]).parse_args()
     png = io.BytesIO()
     sheet().save(png, "PNG", optimize=True)
     write_atomically(SHEET, png.getvalue())

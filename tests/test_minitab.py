@@ -278,6 +278,11 @@ def test_stamp_puts_a_glyph_where_and_as_it_is_told():
 
 def test_sheet_shows_every_task_in_a_small_file(tmp_path, monkeypatch):
     monkeypatch.setattr(minitab_sheet, "SHEET", tmp_path / "sheet.png")
+    monkeypatch.setattr(sys, "argv", ["minitab_sheet", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        minitab_sheet.main()
+    assert not (tmp_path / "sheet.png").exists()
+    monkeypatch.setattr(sys, "argv", ["minitab_sheet"])
     minitab_sheet.main()
     assert (tmp_path / "sheet.png").stat().st_size <= 200_000
     examples = minitab_sheet._examples("position", 16)
