@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 
 import pytest
 from torch.utils.data import IterableDataset
@@ -121,7 +120,7 @@ def test_mimi_retrains_the_phases_that_there_were(pictures, tmp_path, trainers):
 
 def test_a_training_that_diverges_is_passed_over(pictures, tmp_path, trainers, capsys):
     result = run(pictures, tmp_path / "run", grid={"lr": [1e30, 0.01]})
-    assert re.search(r"passed over: the .*loss became nan in epoch \d\n", capsys.readouterr().out)
+    assert "passed over: the loss became nan in epoch 1\n" in capsys.readouterr().out
     assert [trial["status"] for trial in result.summary["trials"]] == ["diverged", "finished"]
     assert result.summary["status"] == "finished" and result.summary["settings"] == {"lr": 0.01}
     with pytest.raises(ValueError, match="the loss became"):
