@@ -36,6 +36,9 @@ def peak_growth(prepare: Callable[..., Callable[[], object]], *arguments: Any) -
     """By how many bytes the resident memory of a fresh process grows at most while it runs the work that
     `prepare(*arguments)` returns.
 
+    Sharp to about 1 MB: the system's peak lags behind by some pages of each core, it may take away idle pages of the
+    libraries meanwhile, and malloc hands out again what the preparation has freed (though no block above 32 MB).
+
     Raises:
         OSError: this system has no /proc.
     """
