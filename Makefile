@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test lint format cpp-build cpp-test emulate-all resources bench figure pruning gpu clean
+.PHONY: train test lint format cpp-build cpp-test emulate-all resources bench figure pruning gpu dist clean
 
 train: $(VENV)/package
 	$(BIN)/python -m vitadapter_ext.train $(ARGS)
@@ -29,7 +29,7 @@ format: $(VENV)/tools
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
-# The kernels without Python, under AddressSanitizer and UBSan; and every CUDA kernel compiled where nvcc is there.
+# The kernels without Python, under AddressSanitizer and UBSan.
 cpp-build: $(VENV)/tools
 	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) --log-level=WARNING
 	$(BIN)/cmake --build build/cmake
@@ -43,8 +43,8 @@ emulate-all: cpp-build
 	build/cmake/cuda_test everywhere 1/2 & first=$$!; build/cmake/cuda_test everywhere 2/2; second=$$?; \
 	  wait $$first && exit $$second
 
-# Writes what ptxas says of every CUDA kernel into benchmarks/results/resources.md, where nvcc is there. With ARGS=--check
-# nothing is written: it fails where a kernel spills, or where the committed table is an old one.
+# Writes what ptxas said of every CUDA kernel into benchmarks/results/resources.md, where the package was built with CUDA.
+# With ARGS=--check nothing is written: it fails where a kernel spills, nvcc warned or the committed table is an old one.
 resources: cpp-build
 	build/cmake/cuda_test launches > build/cmake/launches.json
 	$(BIN)/python -m benchmarks.resources --launches build/cmake/launches.json $(ARGS)
@@ -68,6 +68,13 @@ pruning: $(VENV)/package
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
+# A wheel and an sdist, with what they need and nothing else.
+dist: $(VENV)/tools
+	rm -rf dist build/lib* build/bdist*
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' > build/sdist.log
+	for archive in dist/*; do $(BIN)/python -m tests.check_archive $$archive || exit 1; done
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info vitadapter_ext/*.so
 
@@ -85,7 +92,10 @@ $(VENV)/requirements: | $(BIN)/python
 	$(BIN)/pip install --quiet setuptools ninja pybind11 numpy "torch>=2.11" timm
 	touch $@
 
-$(VENV)/package: setup.py pyproject.toml $(filter csrc/%,$(CPP)) | $(VENV)/requirements
+# What torch compiles CUDA with; `make resources` reads the reports.
+$(VENV)/package dist: export PYTORCH_NVCC ?= sh "$(CURDIR)/csrc/cuda/nvcc_with_report.sh"
+
+$(VENV)/package: setup.py pyproject.toml csrc/cuda/nvcc_with_report.sh $(filter csrc/%,$(CPP)) | $(VENV)/requirements
 	$(BIN)/pip install --quiet --no-build-isolation --editable .
 	touch $@
 

@@ -1,8 +1,8 @@
-"""What does every CUDA kernel take of a multiprocessor? `make resources` puts ptxas' reports, which the CMake build
-leaves beside its objects, into `benchmarks/results/resources.md`; no GPU is needed.
+"""What does every CUDA kernel take of a multiprocessor? `make resources` puts ptxas' reports, which make's
+build of the package leaves beside its objects, into `benchmarks/results/resources.md`; no GPU is needed.
 
-With `--check` nothing is written: ends with 1 where a kernel spills registers, an architecture is missing or the
-committed table is an old one. Ends with 2 where there are no reports.
+With `--check` nothing is written: ends with 1 where a kernel spills registers, nvcc warned or the committed table is an
+old one. Ends with 2 where reports or architectures are missing.
 """
 
 import argparse
@@ -119,21 +119,38 @@ def demangled(names: list[str]) -> list[str]:
     return run.stdout.splitlines()
 
 
-def read_reports(folder: Path) -> tuple[list[Kernel], str]:
-    """Every kernel of csrc/cuda on every architecture, and the version of the nvcc that compiled them; exits with 2
-    where a source has no report."""
-    reports = {source.name: folder / f"{source.stem}.ptxas.txt" for source in sorted(SOURCES.glob("*.cu"))}
-    missing = [str(report) for report in reports.values() if not report.exists()]
-    if missing or not reports:
-        what = " and no ".join(missing) or "source in csrc/cuda"
-        print(f"resources: there is no {what}; `make cpp-build` writes reports where nvcc is")
+def read_reports(folder: Path) -> tuple[list[Kernel], list[str], str]:
+    """Every kernel of csrc/cuda on every architecture of SHARED, the lines in which the compiler warned, and the
+    version of the nvcc that compiled them; exits with 2 where a source has no report or a kernel lacks an
+    architecture."""
+    again = "`rm -r build/objects; touch setup.py; make resources`, where nvcc is and torch is one for CUDA"
+    texts = {source.name: _read_report(folder / source.stem) for source in sorted(SOURCES.glob("*.cu"))}
+    missing = [source for source, text in texts.items() if text is None]
+    if missing or not texts:
+        print(f"resources: {folder} has no report, or an old one, of {_some(missing, 3)}; make it with {again}")
         sys.exit(2)
-    texts = {source: report.read_text() for source, report in reports.items()}
     kernels = [kernel for source, text in texts.items() for kernel in parse(text, source)]
     names = demangled([kernel.name for kernel in kernels])
     kernels = [kernel._replace(name=readable(name)) for kernel, name in zip(kernels, names, strict=True)]
+    there = {(kernel.source, kernel.name, kernel.arch) for kernel in kernels}
+    lacking = {arch: [k.name for k in kernels if (k.source, k.name, arch) not in there] for arch in SHARED}
+    for arch in (arch for arch, names in lacking.items() if names or not kernels):
+        print(f"resources: {arch} is missing for {_some(dict.fromkeys(lacking[arch]))}")
+    if any(lacking.values()) or not kernels:
+        print(f"resources: without TORCH_CUDA_ARCH_LIST every architecture is built; {again}")
+        sys.exit(2)
+    warnings = [line for text in texts.values() for line in text.splitlines() if re.search(r"\bwarning\b", line)]
     versions = {version for text in texts.values() for version in re.findall(r"release .*, V([\d.]+)", text)}
-    return sorted(kernels, key=_place), " and ".join(sorted(versions))
+    kernels = [kernel for kernel in kernels if kernel.arch in SHARED]
+    return sorted(kernels, key=_place), warnings, " and ".join(sorted(versions))
+
+
+def _read_report(stem: Path) -> str | None:
+    """Of the object beside it; None where there is none, or one of an object that was compiled without make since."""
+    compiled, report = (stem.with_name(stem.name + suffix) for suffix in (".o", ".ptxas.txt"))
+    if compiled.exists() and report.exists() and report.stat().st_mtime >= compiled.stat().st_mtime:
+        return report.read_text()
+    return None
 
 
 def _place(kernel: Kernel) -> list:
@@ -167,26 +184,12 @@ def document(kernels: list[Kernel], nvcc: str, launches: dict[str, dict[str, dic
         launch, star = known or ASSUMED, "" if known else "*"
         row = [kernel.source, f"`{kernel.name}`", kernel.arch, kernel.registers, kernel.shared]
         row += [f"{launch['threads']}{star}", f"{launch['shared']}{star}"]
-        if kernel.arch in SHARED:
-            share = occupancy(kernel.arch, launch["threads"], kernel.registers, kernel.shared + launch["shared"])
-            row.append(f"{100 * share:g} %")
-        else:
-            row.append("–")
+        share = occupancy(kernel.arch, launch["threads"], kernel.registers, kernel.shared + launch["shared"])
+        row.append(f"{100 * share:g} %")
         row += ["–" if kernel.constant is None else kernel.constant, kernel.stack, kernel.spills]
         rows.append(row)
     facts = f"- command: make resources\n- nvcc: {nvcc}\n{EXPLANATION}"
     return f"# What the CUDA kernels take\n\n{facts}\n\n{table(HEADER, rows)}\n"
-
-
-def faults(kernels: list[Kernel]) -> list[str]:
-    """Sentences on what no kernel may do: spill, or lack an architecture."""
-    sentences = [f"{k.name} on {k.arch} spills registers: {k.spills} (bytes)" for k in kernels if k.spills != "0"]
-    there = {(kernel.source, kernel.name, kernel.arch) for kernel in kernels}
-    for arch in SHARED:
-        lacking = {(k.source, k.name): k.name for k in kernels if (k.source, k.name, arch) not in there}
-        if lacking or not kernels:
-            sentences.append(f"{arch} is missing for {_some(lacking.values())}")
-    return sentences
 
 
 def differences(committed: str, current: str) -> list[str]:
@@ -218,21 +221,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.resources", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    folder = ROOT / "build" / "cmake"
-    parser.add_argument("--reports", type=Path, default=folder, metavar="FOLDER", help="of the build [build/cmake]")
+    folder = Path("build", "objects", "csrc", "cuda")
+    parser.add_argument(
+        "--reports", type=Path, default=ROOT / folder, metavar="FOLDER", help=f"of the build [{folder}]"
+    )
     parser.add_argument(
         "--launches",
         type=Path,
         metavar="FILE",
         help='JSON of how kernels are launched: {"Body<float>": {"sm_90": {"threads": 128, "shared": 49152}}}',
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; fail on spills or an old table")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail on spills, warnings or an old table")
     arguments = parser.parse_args()
 
-    kernels, nvcc = read_reports(arguments.reports)
+    kernels, warnings, nvcc = read_reports(arguments.reports)
     launches = json.loads(arguments.launches.read_text()) if arguments.launches else {}
     text = document(kernels, nvcc, {readable(name): launch for name, launch in launches.items()})
-    sentences = faults(kernels)
+    sentences = [f"nvcc says: {line}" for line in warnings]
+    sentences += [f"{k.name} on {k.arch} spills registers: {k.spills} (bytes)" for k in kernels if k.spills != "0"]
     if arguments.check:
         sentences += differences(TABLE.read_text() if TABLE.exists() else "", text)
     else:

@@ -8,7 +8,8 @@ from pathlib import Path
 from vitadapter_ext import build_info
 
 WEIGHTS = ["vitadapter_ext/assets/embedded_vit.safetensors", "vitadapter_ext/assets/embedded_vit.sha256"]
-SOURCES = ["csrc/common/adapter.h", "csrc/cuda/adapter_simple.cu", "CMakeLists.txt", "Makefile", "pyproject.toml"]
+SOURCES = ["csrc/common/adapter.h", "csrc/cuda/adapter_simple.cu", "csrc/cuda/nvcc_with_report.sh", "CMakeLists.txt"]
+SOURCES += ["Makefile", "pyproject.toml"]
 LIMIT_MB = 10
 
 

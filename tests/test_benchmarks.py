@@ -293,17 +293,20 @@ def test_a_failed_part_is_not_written(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# 37 MB for each of y and the gradient of x: above malloc's 32, so that both are new pages, and far above what the
+# measurement is sharp to.
+TOKENS, DIM = 12_000, 768
+
+
 def grown_by_ours(work: Callable, **size: Any) -> float:
-    """Peak growth over the bytes of y, which the gradient of x has, too: 37 MB, above malloc's 32, so that both are new
-    pages, and far above what the measurement is sharp to."""
-    tokens, dim = 12_000, 768
-    return memory.peak_growth(work, "ours", {"mix": "float32", "tokens": tokens, **size}) / (4 * tokens * dim)
+    """In tensors like y and the gradient of x."""
+    return memory.peak_growth(work, "ours", {"mix": "float32", "tokens": TOKENS, **size}) / (4 * TOKENS * DIM)
 
 
 @each_sandwich
 def test_peak_memory_is_measured_in_a_process_of_its_own(suite):
     work = functools.partial(sandwich.peak_memory_work, suite.OP)
-    assert 1.97 < grown_by_ours(work, dim=768, rank=8) < 2.1
+    assert 1.97 < grown_by_ours(work, dim=DIM, rank=8) < 2.1
 
 
 def test_peak_memory_of_branches():

@@ -1,6 +1,8 @@
 """Is ptxas' report read, judged and compared with the committed table as `make resources` says?"""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -55,6 +57,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(resources, "SOURCES", tmp_path)
     monkeypatch.setattr(resources, "TABLE", tmp_path / "resources.md")
     (tmp_path / "tiny.cu").touch()
+    (tmp_path / "tiny.o").touch()
 
     def run(report: str | None, *options: str) -> tuple[int, str]:
         if report is not None:
@@ -152,13 +155,19 @@ def test_a_spill_fails_and_is_named(run):
     assert "ForEach" not in said and "sm_80" not in said
 
 
-def test_a_missing_architecture_fails(run):
-    run(SM_80 + SM_100 + NVCC)
-    status, said = run(None, "--check")
-    assert status == 1 and "sm_90 is missing for ForEach<Sum<double>>, Forward<BFloat16, 64>\n" in said
+@pytest.mark.parametrize("options", [[], ["--check"]])
+def test_a_missing_architecture_is_no_table(run, tmp_path, options):
+    status, said = run(SM_80 + SM_100 + NVCC, *options)
+    assert status == 2 and not (tmp_path / "resources.md").exists() and "TORCH_CUDA_ARCH_LIST" in said
+    assert "sm_90 is missing for ForEach<Sum<double>>, Forward<BFloat16, 64>\n" in said
     assert "sm_80 is missing" not in said
-    status, said = run(COMPLETE + SM_80.replace("7ForEach", "7ForSome"), "--check")
-    assert status == 1 and all(f"{arch} is missing for ForSome<Sum<double>>\n" in said for arch in ("sm_90", "sm_100"))
+    status, said = run(COMPLETE + SM_80.replace("7ForEach", "7ForSome"), *options)
+    assert status == 2 and all(f"{arch} is missing for ForSome<Sum<double>>\n" in said for arch in ("sm_90", "sm_100"))
+
+
+def test_other_architectures_are_left_out(run):
+    run(COMPLETE)
+    assert run(COMPLETE + SM_80.replace("sm_80", "sm_75"), "--check") == (0, WELL)
 
 
 def test_an_old_table_fails(run):
@@ -180,5 +189,42 @@ def test_of_another_nvcc_only_spills_are_compared(run):
 
 def test_without_reports_a_sentence_says_what_writes_them(run, tmp_path):
     status, said = run(None)
-    assert status == 2 and f"there is no {tmp_path}/tiny.ptxas.txt; `make cpp-build` writes reports" in said
+    assert status == 2 and f"{tmp_path} has no report, or an old one, of tiny.cu; make it with `rm" in said
     assert not (tmp_path / "resources.md").exists()
+
+
+def test_an_old_report_is_none(run, tmp_path):
+    assert run(COMPLETE)[0] == 0
+    os.utime(tmp_path / "tiny.o", (2e9, 2e9))  # compiled anew, and not through make
+    status, said = run(None)
+    assert status == 2 and "has no report, or an old one, of tiny.cu" in said
+    (tmp_path / "tiny.o").unlink()
+    assert run(None)[0] == 2
+
+
+def test_a_warning_fails(run):
+    run(COMPLETE)
+    status, said = run(COMPLETE + "tiny.cu(3): warning #177-D: variable was never used\n", "--check")
+    assert status == 1 and "resources: nvcc says: tiny.cu(3): warning #177-D: variable" in said
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_compiler_leaves_a_report_beside_the_object(tmp_path, status):
+    home = tmp_path / "the toolkit"
+    (home / "bin").mkdir(parents=True)
+    (home / "said").write_text(SM_80)
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(f"""#!/bin/sh
+if [ "$1" = --version ]; then echo '{NVCC.strip()}'; exit; fi
+for argument; do echo "$argument"; done > "$CUDA_HOME/arguments"
+cat "$CUDA_HOME/said" >&2
+exit {status}
+""")
+    nvcc.chmod(0o755)
+    options = ["-O3", "-c", "a folder/tiny.cu", "-o", f"{home}/tiny.o", "-std=c++20"]
+    command = ["sh", resources.SOURCES / "nvcc_with_report.sh", *options]
+    run = subprocess.run(command, env=os.environ | {"CUDA_HOME": str(home)}, capture_output=True, text=True)
+    assert run.returncode == status and (home / "arguments").read_text().splitlines() == [*options, "-Xptxas", "-v"]
+    assert run.stdout == (SM_80 if status else "")
+    reports = {path.name: path.read_text() for path in home.glob("*.txt*")}
+    assert reports == ({} if status else {"tiny.ptxas.txt": SM_80 + NVCC})
