@@ -29,9 +29,13 @@ format: $(VENV)/tools
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
-# The kernels without Python, under AddressSanitizer and UBSan.
+PRINT_CUDA_VERSION := 'import vitadapter_ext as va; print(va.build_info()["cuda_version"] or "")'
+
+# The kernels without Python, under AddressSanitizer and UBSan; and every CUDA kernel compiled where nvcc is there and the
+# package, which would have done it, was built without CUDA.
 cpp-build: $(VENV)/tools
-	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) --log-level=WARNING
+	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) --log-level=WARNING \
+	  -DVITADAPTER_COMPILE_CUDA=$(if $(shell $(BIN)/python -c $(PRINT_CUDA_VERSION)),OFF,ON)
 	$(BIN)/cmake --build build/cmake
 
 # Every CUDA kernel runs on the CPU there; each program prints how many cases.
@@ -73,7 +77,7 @@ dist: $(VENV)/tools
 	rm -rf dist build/lib* build/bdist*
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' > build/sdist.log
-	for archive in dist/*; do $(BIN)/python -m tests.check_archive $$archive || exit 1; done
+	for archive in dist/*.whl dist/*.tar.gz; do $(BIN)/python -m tests.check_archive $$archive || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info vitadapter_ext/*.so

@@ -150,7 +150,7 @@ def peak_memory_work(name: str, size: dict[str, Any]) -> Callable[[], Any]:
     small = BranchProblem(**size | {"tokens": 8})
     small.both(small.functions[name])
     cell = BranchProblem(**size)
-    return lambda: cell.both(cell.functions[name])
+    return lambda: cell.outputs(cell.functions[name])
 
 
 def cells_table(rows: list[dict[str, Any]]) -> str:

@@ -36,8 +36,9 @@ def peak_growth(prepare: Callable[..., Callable[[], object]], *arguments: Any) -
     """By how many bytes the resident memory of a fresh process grows at most while it runs the work that
     `prepare(*arguments)` returns.
 
-    Sharp to about 1 MB: the system's peak lags behind by some pages of each core, it may take away idle pages of the
-    libraries meanwhile, and malloc hands out again what the preparation has freed (though no block above 32 MB).
+    Exact where the work returns all that it needs at most. What it gives back before is sharp to about 1 MB: the
+    system's peak lags behind by some pages of each core, and idle pages of the libraries may be taken away meanwhile.
+    Blocks up to 32 MB may be memory that the preparation has freed, which does not grow.
 
     Raises:
         OSError: this system has no /proc.
@@ -50,12 +51,13 @@ def peak_growth(prepare: Callable[..., Callable[[], object]], *arguments: Any) -
 def _grow(prepare: Callable[..., Callable[[], object]], arguments: tuple) -> int:
     work = prepare(*arguments)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far, which loading the libraries may have set
-    before = _status("VmRSS")
-    work()
-    return _status("VmHWM") - before
+    before = _memory("smaps_rollup")
+    result = work()  # noqa: F841 - it is there while its pages are counted
+    after, peak = _memory("smaps_rollup"), _memory("status")["VmHWM"]
+    return max(peak - before["Rss"], after["Anonymous"] - before["Anonymous"])
 
 
-def _status(field: str) -> int:
-    """Bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(lines[field].split()[0])
+def _memory(file: str) -> dict[str, int]:
+    """Bytes, by the names of one of this process's files in /proc."""
+    lines = (line.split() for line in Path("/proc/self", file).read_text().splitlines())
+    return {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines if words[-1] == "kB"}

@@ -54,7 +54,12 @@ class Problem:
 
     def both(self, function: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs that have some; None where the function does not use one."""
-        return _gradients(self.forward(function), self.inputs, self.grad)
+        return self.outputs(function)[1:]
+
+    def outputs(self, function: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
+        """y, and the gradients as `both` gives them."""
+        y = self.forward(function)
+        return y, *_gradients(y, self.inputs, self.grad)
 
     def works(self, functions: Functions) -> Works:
         forward = {f"forward {name}": lambda f=function: self.forward(f) for name, function in functions.items()}

@@ -133,10 +133,11 @@ def read_reports(folder: Path) -> tuple[list[Kernel], list[str], str]:
     names = demangled([kernel.name for kernel in kernels])
     kernels = [kernel._replace(name=readable(name)) for kernel, name in zip(kernels, names, strict=True)]
     there = {(kernel.source, kernel.name, kernel.arch) for kernel in kernels}
-    lacking = {arch: [k.name for k in kernels if (k.source, k.name, arch) not in there] for arch in SHARED}
-    for arch in (arch for arch, names in lacking.items() if names or not kernels):
-        print(f"resources: {arch} is missing for {_some(dict.fromkeys(lacking[arch]))}")
-    if any(lacking.values()) or not kernels:
+    lacking = {arch: {k.name: k for k in kernels if (k.source, k.name, arch) not in there} for arch in SHARED}
+    lacking = {arch: names for arch, names in lacking.items() if names or not kernels}
+    for arch, names in lacking.items():
+        print(f"resources: {arch} is missing for {_some(names)}")
+    if lacking:
         print(f"resources: without TORCH_CUDA_ARCH_LIST every architecture is built; {again}")
         sys.exit(2)
     warnings = [line for text in texts.values() for line in text.splitlines() if re.search(r"\bwarning\b", line)]

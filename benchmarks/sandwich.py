@@ -164,4 +164,4 @@ def peak_memory_work(op: Op, name: str, size: dict[str, Any]) -> Callable[[], An
     function = op.functions[name]
     SandwichProblem(op, **size | {"tokens": 8}).both(function)
     problem = SandwichProblem(op, **size)
-    return lambda: problem.both(function)
+    return lambda: problem.outputs(function)

@@ -293,8 +293,7 @@ def test_a_failed_part_is_not_written(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# 37 MB for each of y and the gradient of x: above malloc's 32, so that both are new pages, and far above what the
-# measurement is sharp to.
+# 37 MB for each of y and the gradient of x: above malloc's 32, so that both are new pages.
 TOKENS, DIM = 12_000, 768
 
 
@@ -306,11 +305,11 @@ def grown_by_ours(work: Callable, **size: Any) -> float:
 @each_sandwich
 def test_peak_memory_is_measured_in_a_process_of_its_own(suite):
     work = functools.partial(sandwich.peak_memory_work, suite.OP)
-    assert 1.97 < grown_by_ours(work, dim=DIM, rank=8) < 2.1
+    assert 2 < grown_by_ours(work, dim=DIM, rank=8) < 2.1
 
 
 def test_peak_memory_of_branches():
-    assert 1.97 < grown_by_ours(bench_consolidator.peak_memory_work, layer="proj", groups=(384,)) < 2.1
+    assert 2 < grown_by_ours(bench_consolidator.peak_memory_work, layer="proj", groups=(384,)) < 2.1
 
 
 @each_suite
